@@ -1,0 +1,66 @@
+"""Signals: everything a router, expert or loss may look at besides x. Per-unit tensors are flat, [T] with T = B*S."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .draws import fold
+from .errors import MissingSignalError
+from .pytree import pytree, static
+
+__all__ = ["Signals"]
+
+
+@pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What is known about the units of this forward pass.
+
+    Shapes ([T] unless said):
+        valid: bool, False = padding. position: int64, place in its sequence. segment: int64, which sequence.
+        token: int64 token ids. task, label: int64. unit_id: int64, the unit's number in the global batch: random draws
+        use it, so one rank or many draw the same. condition: [T, C] or [B, C]. time: [T] or [B] diffusion time.
+        progress: share of training done, 0..1. seed: integer already folded with step, pass and module path.
+
+    Static:
+        attend: the preceding attention as an operator, v [T, D] -> A v [T, D], or None.
+        knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ...
+        keep: names of plan tensors ("probs", "logits", "extra") that must outlive the layer's losses.
+    """
+
+    valid: Tensor | None = None
+    position: Tensor | None = None
+    segment: Tensor | None = None
+    token: Tensor | None = None
+    task: Tensor | None = None
+    label: Tensor | None = None
+    condition: Tensor | None = None
+    time: Tensor | None = None
+    unit_id: Tensor | None = None
+    progress: Tensor | float | None = None
+    seed: Tensor | int = 0
+    attend: Callable[[Tensor], Tensor] | None = static(default=None)
+    knobs: Mapping[str, Any] = static(default_factory=dict)
+    keep: frozenset[str] = static(default=frozenset())
+
+    def at(self, name: str) -> Signals:
+        """The signals for the child called `name`: the seed is folded with the name."""
+        return dataclasses.replace(self, seed=fold(self.seed, name))
+
+    def knob(self, name: str, default: Any) -> Any:
+        """A call-time value, or the configured one."""
+        return self.knobs.get(name, default)
+
+    def require(self, names: tuple[str, ...], by: str) -> None:
+        """Raise `MissingSignalError` unless every named signal is there."""
+        missing = [n for n in names if getattr(self, n) is None]
+        if missing:
+            given = [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)]
+            raise MissingSignalError(
+                f"{by} needs the signal{'s' if len(missing) > 1 else ''} {', '.join(missing)}; "
+                f"pass Signals({', '.join(f'{n}=...' for n in missing)}) (given: {', '.join(given) or 'none'})"
+            )
