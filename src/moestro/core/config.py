@@ -6,6 +6,7 @@ configs, presets and command-line help can be read without loading torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -58,7 +59,7 @@ class Config:
         return self._cost(sizes).active
 
     def flops_per_token(self, seq_len: int, mode: Literal["forward", "train"] = "forward", **sizes: Any) -> int:
-        """Matrix-product FLOPs per token in a sequence of `seq_len`; training counts the backward pass as two forwards."""
+        """Matrix-product FLOPs per token in a sequence of `seq_len`; a backward pass counts as two forwards."""
         return self._cost(sizes, seq_len).flops * (3 if mode == "train" else 1)
 
     def _cost(self, sizes: dict[str, Any], seq_len: int = 1) -> Any:
@@ -99,10 +100,8 @@ def _plain(value: Any) -> Any:
 def _find(name: str, where: str) -> type[Config]:
     if name not in _TYPES and name.split(".")[0] in _HOMES:
         home = f"moestro.{name.split('.')[0]}.config"
-        try:
+        with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(home)
-        except ModuleNotFoundError:
-            pass
     if name not in _TYPES:
         raise UserError(f"{where}: unknown config type {name!r}{did_you_mean(name, _TYPES)}")
     return _TYPES[name]

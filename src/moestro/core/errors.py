@@ -9,7 +9,7 @@ __all__ = ["MissingSignalError", "RecomputationError", "UserError", "did_you_mea
 
 
 class UserError(ValueError):
-    """Something the user gave cannot work; the message says what, where and what to do. The CLI prints it in one line."""
+    """Something the user gave cannot work; the message says what, where and what to do. The CLI prints one line."""
 
 
 class MissingSignalError(UserError):

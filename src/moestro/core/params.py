@@ -1,7 +1,7 @@
-"""What a parameter is: metadata that optimisers, sharding, adapters, quantisation, converters and initialisation read.
+"""What a parameter is: metadata that optimisers, sharding, adapters, converters and initialisation read.
 
-A module describes its own parameters in `param_info() -> {attribute name: ParamInfo}`; `describe(model)` collects them by
-full name. Metadata lives with modules, not on tensors: copies, casts and sharded replacements of a tensor keep it.
+A module describes its own parameters in `param_info() -> {attribute name: ParamInfo}`; `describe(model)` collects them
+by full name. Metadata lives with modules, not on tensors: copies, casts and sharded replacements of a tensor keep it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ Role = Literal["embedding", "head", "attention", "norm", "router", "expert", "sh
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParamInfo:
-    """role: what it serves. expert_axis: axis that counts experts, or None. matrix_axes: (out, in) axes of the matrix it
-    applies, or None for vectors. parts: logical names of the pieces fused along the out axis, such as ("gate", "up"),
-    in order and of equal size unless the module says otherwise. decay: whether weight decay applies.
+    """What optimisers and others need to know of one parameter.
+
+    role: what it serves. expert_axis: axis that counts experts, or None. matrix_axes: (out, in) axes of the matrix that
+    it applies, or None for vectors. parts: logical names of the pieces fused along the out axis, such as
+    ("gate", "up"), in order and of equal size unless the module says otherwise. decay: whether weight decay applies.
     init_std: standard deviation of the initial normal distribution, None = the model's default, 0 = zeros;
     ones: start at one instead (norm gains).
     """

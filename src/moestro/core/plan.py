@@ -268,7 +268,9 @@ def merge(plans: Sequence[Plan]) -> Plan:
     def column(name: str) -> Tensor | None:
         parts = [getattr(p, name) for p in plans]
         if name == "valid" and any(t is not None for t in parts):
-            parts = [p.expert.new_ones(p.expert.shape[0], dtype=torch.bool) if t is None else t for p, t in zip(plans, parts)]
+            parts = [
+                p.expert.new_ones(p.expert.shape[0], dtype=torch.bool) if t is None else t for p, t in zip(plans, parts)
+            ]
         return None if any(t is None for t in parts) else torch.cat(parts)
 
     def mapping(name: str) -> dict[str, Tensor]:
@@ -363,7 +365,12 @@ def _bad(message: str) -> None:
 
 
 def _expect(
-    name: str, tensor: Tensor | None, shape: tuple[int, ...], *, dtype: torch.dtype | None = None, floating: bool = False
+    name: str,
+    tensor: Tensor | None,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    floating: bool = False,
 ) -> None:
     if tensor is None:
         return

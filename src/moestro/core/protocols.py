@@ -1,4 +1,4 @@
-"""The contracts that parts meet in: Router, Experts and Exchange, Loss. Structural types, checked by `moestro.testing`."""
+"""The contracts that parts meet in: Router, Experts and Exchange, Loss. Structural types."""
 
 from __future__ import annotations
 

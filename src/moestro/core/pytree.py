@@ -17,7 +17,7 @@ C = TypeVar("C", bound=type)
 
 
 def static(**kwargs: Any) -> Any:
-    """A dataclass field that is no tensor: it becomes part of the tree's structure and must be hashable or comparable."""
+    """A dataclass field that is no tensor: it becomes part of the tree's structure and must be comparable."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 

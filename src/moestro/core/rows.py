@@ -1,4 +1,4 @@
-"""Rows: the (unit, slot, expert) triples of a plan, sorted by expert, then unit. Derived once per dispatch by `ops.rows`."""
+"""Rows: the (unit, slot, expert) triples of a plan, sorted by expert, then unit; derived by `ops.rows`."""
 
 from __future__ import annotations
 

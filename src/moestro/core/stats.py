@@ -1,4 +1,4 @@
-"""Additive statistics: what a loss needs of a plan, in a form that can be summed over micro-batches, passes and ranks."""
+"""Additive statistics: what a loss needs of a plan, summable over micro-batches, passes and ranks."""
 
 from __future__ import annotations
 

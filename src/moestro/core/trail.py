@@ -151,5 +151,3 @@ def add_stats(parts: Iterable[Mapping[TermKey, Stats]]) -> dict[TermKey, Stats]:
         for key, stats in part.items():
             out[key] = out[key] + stats if key in out else stats
     return out
-
-

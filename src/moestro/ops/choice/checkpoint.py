@@ -37,7 +37,7 @@ def checkpoint_context() -> tuple[Any, Any]:
 
 
 def checkpoint(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-    """Call `function(*args, **kwargs)`, keep its inputs and routing decisions, recompute the rest in the backward pass."""
+    """Call `function(*args, **kwargs)`, keep its inputs and routing decisions, recompute the rest in backward."""
     return torch.utils.checkpoint.checkpoint(
         function,
         *args,
