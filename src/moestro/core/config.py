@@ -134,6 +134,9 @@ def _read(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
+        nested = [a for a in args if isinstance(a, type) and issubclass(a, Config)]
+        if len(nested) == 1 and isinstance(value, dict):
+            return _read(value, nested[0], where)
         problems: list[str] = []
         for option in args:
             try:
