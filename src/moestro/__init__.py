@@ -22,7 +22,21 @@ _NAMES = {
     "Signals": "moestro.core.signals",
 }
 
-__all__ = ["__version__", *_NAMES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "Carry",
+    "Dense",
+    "ExpertChoice",
+    "Live",
+    "MoE",
+    "Plan",
+    "Replay",
+    "Signals",
+    "Trail",
+    "__version__",
+    "checkpoint",
+    "checkpoint_context",
+    "collect",
+]
 
 if TYPE_CHECKING:
     from .core.carry import Carry, Live, Replay

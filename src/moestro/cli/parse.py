@@ -1,0 +1,84 @@
+"""Command lines to dataclasses, by tyro, with errors in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from ..core.errors import UserError, did_you_mean
+
+__all__ = ["parse"]
+
+C = TypeVar("C")
+
+_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+_FLAG = re.compile(r"^[│|\s]*(?:-\w(?: \S+)?, )?(--[\w.-]+(?:, --[\w.-]+)*)")
+
+
+def parse(options: type[C], args: Sequence[str], *, verb: str, default: C | None = None) -> C:
+    """`args` as an `options` dataclass. `--help` prints and exits; anything wrong is a `UserError` of one line."""
+    kwargs: dict[str, Any] = {"prog": f"moestro {verb}", "description": options.__doc__, "config": _MARKERS}
+    if default is not None:
+        kwargs["default"] = default
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            made, rest = tyro.cli(options, args=list(args), return_unknown_args=True, **kwargs)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        _refuse_unknown(options, args, kwargs)
+        raise UserError(_first_sentence(said.getvalue())) from None
+    if rest:
+        _refuse_unknown(options, rest, kwargs)
+        raise UserError(f"unexpected argument {rest[0]!r}; see moestro {verb} --help")
+    return made
+
+
+def _refuse_unknown(options: Any, args: Sequence[str], kwargs: dict[str, Any]) -> None:
+    """Raise for the first flag that does not exist, with the nearest one that does."""
+    given = [a.partition("=")[0].replace("_", "-") for a in args if a.startswith("--") and a != "--"]
+    if not given:
+        return
+    known = _flags(options, kwargs)
+    for flag in given:
+        if flag not in known:
+            raise UserError(f"unknown option {flag!r}{_nearest(flag, known)}; see {kwargs['prog']} --help")
+
+
+def _flags(options: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Every flag, as the help text lists them."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        tyro.cli(options, args=["--help"], **kwargs)
+    found = (m.group(1) for m in map(_FLAG.match, text.getvalue().splitlines()) if m)
+    return [flag for group in found for flag in group.split(", ")]
+
+
+def _nearest(flag: str, known: Sequence[str]) -> str:
+    close = did_you_mean(flag, known)
+    if close:
+        return close
+    # A field asked for without its path: --top-k for --model.moe.router.select.k is beyond us, --dim is not.
+    last = flag.lstrip("-").rpartition(".")[2]
+    ends = [k for k in known if k.rpartition(".")[2].lstrip("-") == last]
+    return f" (did you mean {ends[0]!r}?)" if ends else ""
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro's framed message says above its first rule, in one line, with the expected form of the value."""
+    rows = [line.strip("│| \t") for line in box.splitlines()]
+    rows = [r for r in rows if r and not r.startswith(("╭", "╰"))]
+    rules = [i for i, r in enumerate(rows) if set(r) <= {"─", "-"}]
+    message = " ".join(rows[: rules[0]] if rules else rows)
+    wrong = re.match(r"Error parsing (--\S+): (.*)", message)
+    if wrong is None:
+        return message or "bad arguments"
+    flag, why = wrong.groups()
+    form = next((r for r in rows if r.startswith(flag + " ")), "")
+    return f"{flag}: {why}" + (f" (expected {form})" if form else "")
