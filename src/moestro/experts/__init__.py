@@ -1,0 +1,5 @@
+"""Expert banks: `(rows, index, context=None, weights=None) -> rows`, stacked or lists of modules. Configs load no torch."""
+
+from .config import MLP, Convolution, Experts, FeedForward, Gated, Modules, Unit, examples
+
+__all__ = ["MLP", "Convolution", "Experts", "FeedForward", "Gated", "Modules", "Unit", "examples"]

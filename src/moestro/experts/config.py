@@ -5,6 +5,17 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
+from ..core.errors import UserError
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+def _widths(width: int | tuple[int, ...], where: str) -> None:
+    for w in (width,) if isinstance(width, int) else width:
+        if w < 1:
+            raise UserError(f"{where}: every width must be at least 1, found {w}")
+    if isinstance(width, tuple) and not width:
+        raise UserError(f"{where}: an empty tuple; give one width, or one per expert")
 
 
 @config
@@ -19,5 +30,93 @@ class Gated(Experts):
     builds: ClassVar[str] = "moestro.experts.gated:GatedBank"
     width: int | tuple[int, ...] = 256
     """Hidden width of each expert; a tuple gives every expert its own."""
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Activation = "silu"
     """Activation of the gate."""
+    out_dim: int | None = None
+    """Width of the output; null = that of the input."""
+
+    def __post_init__(self) -> None:
+        _widths(self.width, "Gated.width")
+
+
+@config
+class MLP(Experts):
+    """Plain MLP experts: down(act(up(x))), stacked, with or without biases."""
+
+    builds: ClassVar[str] = "moestro.experts.mlp:MLPBank"
+    width: int | tuple[int, ...] = 512
+    """Hidden width of each expert; a tuple gives every expert its own."""
+    activation: Activation = "gelu"
+    """Activation between the two maps."""
+    bias: bool = False
+    """Whether both maps have a bias."""
+    out_dim: int | None = None
+    """Width of the output; null = that of the input."""
+
+    def __post_init__(self) -> None:
+        _widths(self.width, "MLP.width")
+
+
+@config
+class Unit(Config):
+    """Base of single experts, for `Modules`. Built with (dim): a module from rows [R, D] to rows [R, D']."""
+
+
+@config
+class FeedForward(Unit):
+    """One MLP with biases: Linear, activation, Linear."""
+
+    builds: ClassVar[str] = "moestro.experts.units:FeedForward"
+    width: int = 256
+    """Hidden width."""
+    activation: Activation = "gelu"
+    """Activation between the two maps."""
+
+
+@config
+class Convolution(Unit):
+    """One residual-free convolution on units [C, H, W]: depthwise, activation, pointwise."""
+
+    builds: ClassVar[str] = "moestro.experts.units:Convolution"
+    kernel: int = 3
+    """Side of the depthwise kernel, odd."""
+    activation: Activation = "gelu"
+    """Activation between the two maps."""
+
+    def __post_init__(self) -> None:
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"Convolution.kernel: must be odd, found {self.kernel}")
+
+
+@config
+class Modules(Experts):
+    """A bank of arbitrary modules, of equal or of different kinds. Slower than a stacked bank."""
+
+    builds: ClassVar[str] = "moestro.experts.modules:ModuleBank"
+    experts: tuple[Config, ...] = (FeedForward(),)
+    """One config per expert, each built with (dim); a single one stands for all."""
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise UserError("Modules.experts: an empty tuple; give one config per expert, or one for all")
+
+
+def examples() -> dict[str, Experts]:
+    """Tiny members of every kind of bank, for 4 experts and any dim; tests are generated from them."""
+    return {
+        "gated": Gated(width=12),
+        "gated_gelu": Gated(width=7, activation="gelu_tanh"),
+        "gated_widths": Gated(width=(4, 12, 7, 9)),
+        "mlp": MLP(width=12),
+        "mlp_bias": MLP(width=10, bias=True, activation="relu"),
+        "mlp_widths": MLP(width=(4, 12, 7, 9), bias=True),
+        "modules": Modules(experts=(FeedForward(width=8),)),
+        "modules_mixed": Modules(
+            experts=(
+                FeedForward(width=4),
+                FeedForward(width=12),
+                FeedForward(width=7, activation="silu"),
+                FeedForward(),
+            )
+        ),
+    }

@@ -1,14 +1,48 @@
-"""Configs of the MoE layer. Built with (dim)."""
+"""Configs of routed layers and composers. Built with (dim)."""
 
 from __future__ import annotations
 
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
+from ..core.errors import UserError
 from ..dispatch.config import Exchange, Local
 from ..experts.config import Experts, Gated
 from ..losses.config import Loss, SwitchBalance
 from ..routers.config import AnyRouter, Router
+
+
+@config
+class Merge(Config):
+    """Base of merges: how the routed output and that of the shared expert become one."""
+
+
+@config
+class SumMerge(Merge):
+    """routed + shared (DeepSeek-MoE)."""
+
+    builds: ClassVar[str] = "moestro.moe.merge:SumMerge"
+
+
+@config
+class MeanMerge(Merge):
+    """(routed + shared) / 2."""
+
+    builds: ClassVar[str] = "moestro.moe.merge:MeanMerge"
+
+
+@config
+class GateMerge(Merge):
+    """routed + sigmoid(g . x) * shared, with a learned vector g (Qwen2-MoE)."""
+
+    builds: ClassVar[str] = "moestro.moe.merge:GateMerge"
+
+
+@config
+class ConcatMerge(Merge):
+    """Both side by side, routed first: the output is as wide as the two together."""
+
+    builds: ClassVar[str] = "moestro.moe.merge:ConcatMerge"
 
 
 @config
@@ -28,5 +62,41 @@ class MoELayer(Config):
     """Losses on the plan, each with its coefficient."""
     shared: Experts | None = None
     """An expert that every unit meets (a bank of one)."""
-    merge: Literal["sum", "mean", "gate"] = "sum"
-    """How shared and routed outputs are merged; "gate" = sigmoid gate on the shared one (Qwen2-MoE)."""
+    merge: Merge = SumMerge()
+    """How shared and routed outputs become one."""
+    router_dim: int | None = None
+    """Width of what the router reads, where that is not x; null = that of x."""
+    unit_axes: int = 1
+    """How many axes of x make a unit: 1 = tokens [..., D]; 2 = sequences [..., S, D]; 3 = images [..., C, H, W]."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise UserError(f"MoELayer.num_experts: must be at least 1, found {self.num_experts}")
+        if self.unit_axes < 1:
+            raise UserError(f"MoELayer.unit_axes: must be at least 1, found {self.unit_axes}")
+
+
+@config
+class Serial(Config):
+    """Blocks run in order, each on the units that chose it; the others pass by unchanged. Built with (blocks, dim)."""
+
+    builds: ClassVar[str] = "moestro.moe.compose:Serial"
+    router: AnyRouter = Router()
+    """Who decides which blocks a unit runs."""
+    residual: Literal["weighted", "straight_through"] = "weighted"
+    """What a block adds: its change times its weight, or its whole change with the weight's gradient."""
+    losses: tuple[Loss, ...] = ()
+    """Losses on the plan, each with its coefficient."""
+
+
+@config
+class Whole(Config):
+    """Whole models as experts, combined in their outputs. Built with (models, dim)."""
+
+    builds: ClassVar[str] = "moestro.moe.compose:Whole"
+    router: AnyRouter | None = None
+    """Who decides which models a unit asks; null = all, equally."""
+    space: Literal["logits", "probabilities"] = "logits"
+    """What is averaged: logits (a geometric mean of distributions) or probabilities."""
+    losses: tuple[Loss, ...] = ()
+    """Losses on the plan, each with its coefficient."""
