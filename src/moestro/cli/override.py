@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -54,7 +53,7 @@ def _changed(here: Any, hint: Any, steps: list[str], value: Any, path: str) -> A
         names = [f.name for f in dataclasses.fields(here)]  # type: ignore[arg-type]
         if step not in names:
             raise UserError(f"--set {path}: {type(here).__name__} has no field {step!r}{did_you_mean(step, names)}")
-        hints = typing.get_type_hints(type(here), vars(sys.modules[type(here).__module__]))
+        hints = typing.get_type_hints(type(here))
         return here.to_dict() | {step: _changed(getattr(here, step), hints[step], rest, value, path)}
     if isinstance(here, tuple):
         if not step.isdecimal() or int(step) >= len(here):

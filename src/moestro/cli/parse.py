@@ -25,6 +25,8 @@ def parse(options: type[C], args: Sequence[str], *, verb: str, default: C | None
     kwargs: dict[str, Any] = {"prog": f"moestro {verb}", "description": options.__doc__, "config": _MARKERS}
     if default is not None:
         kwargs["default"] = default
+    if "--help" in args or "-h" in args:
+        args = ["--help"]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
-import sys
 import types
 import typing
 from typing import Any, ClassVar, Literal, Self, TypeVar, Union
@@ -114,7 +113,7 @@ def _read_config(data: Any, base: type[Config], where: str) -> Config:
     if not issubclass(cls, base):
         raise UserError(f"{where}: {cls.__name__} is no {base.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls, vars(sys.modules[cls.__module__]))
+    hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name == "type":
