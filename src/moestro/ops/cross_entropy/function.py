@@ -1,0 +1,81 @@
+"""`cross_entropy`: vocabulary projection and loss together, a chunk of units at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.errors import UserError
+from ..precision import autocast_off, autocast_to, sum_dtype
+
+__all__ = ["chunk_size", "cross_entropy"]
+
+CHUNK_BYTES = 16 * 2**20  # logits of one chunk
+
+
+def chunk_size(vocab: int, dtype: torch.dtype = torch.float32) -> int:
+    """How many units are projected at a time, so that their logits take about `CHUNK_BYTES`."""
+    return max(1, CHUNK_BYTES // (max(1, vocab) * sum_dtype(dtype).itemsize))
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, head: Tensor, target: Tensor, counted: Tensor, chunk: int, with_grad: bool
+    ) -> Tensor:
+        dtype = sum_dtype(h.dtype)
+        T = h.shape[0]
+        total = torch.zeros((), dtype=torch.float64, device=h.device)
+        d_h = torch.zeros_like(h) if with_grad else None
+        d_head = torch.zeros(head.shape, dtype=dtype, device=h.device) if with_grad else None
+        wide = head.to(dtype)
+        with autocast_off(h.device):
+            for start in range(0, T, chunk):
+                part = slice(start, min(start + chunk, T))
+                x = h[part].to(dtype)
+                keep = counted[part]
+                goal = target[part].clamp_min(0)[:, None]
+                logits = torch.mm(x, wide.t())
+                norm = torch.logsumexp(logits, 1, keepdim=True)
+                nats = (norm - logits.gather(1, goal))[:, 0]
+                total += torch.where(keep, nats, 0).sum(dtype=torch.float64)
+                if d_h is None or d_head is None:
+                    continue
+                probs = logits.sub_(norm).exp_()
+                probs.scatter_add_(1, goal, probs.new_full(goal.shape, -1.0))
+                probs.mul_(keep[:, None])
+                d_h[part] = torch.mm(probs, wide).to(h.dtype)
+                torch.addmm(d_head, probs.t(), x, out=d_head)
+        if d_h is not None and d_head is not None:
+            ctx.save_for_backward(d_h, d_head.to(head.dtype))
+        return total.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d_h, d_head = ctx.saved_tensors
+        return d_h * grads[0].to(d_h.dtype), d_head * grads[0].to(d_head.dtype), None, None, None, None
+
+
+def cross_entropy(
+    h: Tensor, head: Tensor, target: Tensor, valid: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Next-token loss without ever holding all logits: (sum of nats [], number of targets [] int64).
+
+    Shapes: h [T, D], head [V, D], target [T] int64 with -1 = ignored, valid [T] bool or None (False = ignored too).
+    Logits, softmax and sum are fp32 (float64 for float64 inputs) whatever the inputs' dtype. `chunk` is the number of
+    units projected at a time; by default their logits take 16 MiB. The gradient is computed during the forward pass.
+    Raises `UserError` for shapes that do not fit.
+    """
+    if h.ndim != 2 or head.ndim != 2 or h.shape[1] != head.shape[1]:
+        raise UserError(f"cross_entropy needs h [T, D] and head [V, D], not {list(h.shape)} and {list(head.shape)}")
+    for name, tensor in (("target", target), ("valid", valid)):
+        if tensor is not None and tensor.shape != h.shape[:1]:
+            raise UserError(f"cross_entropy: {name} must be [{h.shape[0]}], not {list(tensor.shape)}")
+    counted = target >= 0 if valid is None else (target >= 0) & valid
+    h, head = autocast_to(h, head)
+    with_grad = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
+    size = chunk_size(head.shape[0], h.dtype) if chunk is None else chunk
+    total = _CrossEntropy.apply(h, head, target, counted, size, with_grad)
+    return total, counted.sum()  # type: ignore[return-value]

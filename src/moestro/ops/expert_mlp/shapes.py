@@ -1,0 +1,58 @@
+"""Shapes of expert parameters: checks, and the views of each expert's matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...core.errors import UserError
+
+__all__ = ["blocks", "check_gated", "check_mlp"]
+
+
+def blocks(
+    first: Tensor, down: Tensor, widths: tuple[int, ...] | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Views per expert: its first matrix [F or 2F, D] and its second as [F, D], in both layouts."""
+    if widths is None:
+        return first.unbind(0), down.transpose(1, 2).unbind(0)
+    factor = first.shape[0] // max(1, sum(widths))
+    return first.split([factor * f for f in widths]), down.split(list(widths))
+
+
+def check_gated(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, widths: tuple[int, ...] | None) -> None:
+    """Raise `UserError` unless the shapes of a gated bank fit its rows."""
+    _check("gated_mlp", "gate_up", 2, rows, gate_up, down, offsets, widths)
+
+
+def check_mlp(rows: Tensor, up: Tensor, down: Tensor, offsets: Tensor) -> None:
+    """Raise `UserError` unless the shapes of a plain bank fit its rows."""
+    _check("mlp", "up", 1, rows, up, down, offsets, None)
+
+
+def _check(
+    what: str,
+    name: str,
+    factor: int,
+    rows: Tensor,
+    first: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    widths: tuple[int, ...] | None,
+) -> None:
+    D = rows.shape[-1]
+    if rows.ndim != 2:
+        raise UserError(f"{what}: rows must be [R, D], not {list(rows.shape)}")
+    if widths is None:
+        E = first.shape[0]
+        F = down.shape[-1]
+        want_first, want_down = [E, factor * F, D], [E, D, F]
+    else:
+        E, total = len(widths), sum(widths)
+        want_first, want_down = [factor * total, D], [total, D]
+    if list(first.shape) != want_first or list(down.shape) != want_down:
+        raise UserError(
+            f"{what}: {name} {list(first.shape)} and down {list(down.shape)} do not fit rows of width {D}; "
+            f"expected {want_first} and {want_down}"
+        )
+    if tuple(offsets.shape) != (E + 1,):
+        raise UserError(f"{what}: {E} experts need {E + 1} offsets, not {list(offsets.shape)}")
