@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+
 from moestro.cli import app, failure
 from moestro.core.errors import UserError
 

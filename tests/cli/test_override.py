@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from moestro.cli.override import override
 from moestro.core.config import Config, config
 from moestro.core.errors import UserError

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import tyro
+
 from moestro.cli.parse import parse
 from moestro.core.errors import UserError
 from moestro.moe.config import MoELayer
@@ -47,7 +48,7 @@ def test_nested_fields() -> None:
         (["x", "--steps", "many"], r"--steps: .*'many'.*\(expected --steps INT\)"),
         (["x", "--steps"], r"--steps"),
         ([], r"(?i)name"),
-        (["x", "--layer.router.activation", "tanh"], r"activation.*tanh"),
+        (["x", "--layer.router.activation", "tanh"], r"tanh.*activation"),
         (["x", "--layer.router.virtual", "no"], r"no"),
     ],
 )
