@@ -1,0 +1,179 @@
+"""`check_model`: what must hold for a decoder, whatever parts it is made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.carry import Carry
+from ..core.params import describe
+from ..core.signals import Signals
+from .compare import assert_close
+
+__all__ = ["check_model"]
+
+
+def check_model(config: Any, *, batch: int = 2, length: int = 12, steps: int = 20, causal: bool = True) -> None:
+    """Build the decoder and run every check.
+
+    Finite loss; a gradient for every trained parameter and a nonzero one for every trained router; no logit changed by
+    later tokens, in training, in evaluation and in cached decoding; padding neither seen nor answered; state dict round
+    trip; counted parameters; a loss that falls in `steps` steps.
+    """
+    from ..nn.init import initialise
+
+    model = config.build()
+    initialise(model, 0)
+    tokens = torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(4))
+    _check_count(config, model)
+    _check_gradients(model, tokens)
+    if causal:
+        _check_causality(model, tokens)
+        _check_cache(model, tokens)
+    _check_padding(model, tokens)
+    _check_round_trip(config, model, tokens)
+    _check_learning(model, tokens, steps)
+
+
+def signals_of(tokens: Tensor, valid: Tensor | None = None, start: int = 0) -> Signals:
+    """Everything a router may ask for, for whole sequences."""
+    B, S = tokens.shape
+    position = (torch.arange(S) + start).repeat(B)
+    return Signals(
+        valid=None if valid is None else valid.reshape(-1),
+        position=position,
+        segment=torch.arange(B).repeat_interleave(S),
+        token=tokens.reshape(-1),
+        task=torch.zeros(B * S, dtype=torch.int64),
+        label=tokens.reshape(-1) % 2,
+        unit_id=(torch.arange(B)[:, None] * 1000 + torch.arange(start, start + S)[None]).reshape(-1),
+        seed=9,
+        progress=0.5,
+    )
+
+
+def _logits(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
+    return model(tokens, signals_of(tokens, **kwargs))[0]
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits, _, trail = model(tokens, signals_of(tokens))
+    nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return nats + trail.loss()
+
+
+def _check_count(config: Any, model: nn.Module) -> None:
+    real = sum(p.numel() for p in model.parameters())
+    if config.num_params() != real:
+        raise AssertionError(f"count: the config says {config.num_params()} parameters, the model has {real}")
+    if not 0 < config.num_active_params() <= real:
+        raise AssertionError(f"count: {config.num_active_params()} active of {real} parameters")
+
+
+def _check_gradients(model: nn.Module, tokens: Tensor) -> None:
+    model.train()
+    model.zero_grad(set_to_none=True)
+    loss = _loss(model, tokens)
+    if not bool(torch.isfinite(loss)):
+        raise AssertionError(f"loss: {float(loss)} after initialisation")
+    loss.backward()
+    roles = describe(model)
+    routers: dict[str, bool] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.grad is None:
+            raise AssertionError(f"gradient: {name} received none")
+        if not bool(torch.isfinite(p.grad).all()):
+            raise AssertionError(f"gradient: {name} received a NaN or an infinity")
+        if roles[name].role == "router":
+            at = name.rsplit(".router.", 1)[0]
+            routers[at] = routers.get(at, False) or bool(p.grad.any())
+    for at, reached in routers.items():
+        if not reached:
+            raise AssertionError(f"gradient: the router of {at} received only zeros")
+
+
+def _check_causality(model: nn.Module, tokens: Tensor) -> None:
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            before = _logits(model, tokens)
+            for t in (1, tokens.shape[1] // 2, tokens.shape[1] - 1):
+                changed = tokens.clone()
+                changed[-1, t:] = (changed[-1, t:] + 1) % 7
+                after = _logits(model, changed)
+                mode = "training" if training else "evaluation"
+                assert_close(
+                    f"causality in {mode}, change at {t}: logits before it", after[-1, :t], before[-1, :t], 1e-5
+                )
+                assert_close(f"causality in {mode}: earlier sequences", after[:-1], before[:-1], 1e-5)
+
+
+def _check_cache(model: nn.Module, tokens: Tensor) -> None:
+    """Prefill of one half and then token by token equals the whole at once."""
+    model.eval()
+    with torch.no_grad():
+        want = _logits(model, tokens)
+        half = tokens.shape[1] // 2
+        carry: Carry = model.empty_carry(tokens.shape[0], tokens.shape[1])  # type: ignore[operator]
+        got, carry, _ = model(tokens[:, :half], signals_of(tokens[:, :half]), carry)
+        parts = [got]
+        for t in range(half, tokens.shape[1]):
+            step = tokens[:, t : t + 1]
+            got, carry, _ = model(step, signals_of(step, start=t), carry)
+            parts.append(got)
+    assert_close("cached decoding", torch.cat(parts, dim=1), want, 1e-4)
+
+
+def _check_padding(model: nn.Module, tokens: Tensor) -> None:
+    model.eval()
+    with torch.no_grad():
+        S = tokens.shape[1]
+        valid = torch.ones_like(tokens, dtype=torch.bool)
+        valid[-1, S // 2 :] = False
+        logits = _logits(model, tokens, valid=valid)
+        other = tokens.clone()
+        other[-1, S // 2 :] = (other[-1, S // 2 :] + 1) % 7
+        loud = _logits(model, other, valid=valid)
+    assert_close("padding: logits of valid tokens", loud[valid], logits[valid], 1e-5)
+    if not bool(torch.isfinite(logits).all()):
+        raise AssertionError("padding: a NaN or an infinity among the logits")
+
+
+def _check_round_trip(config: Any, model: nn.Module, tokens: Tensor) -> None:
+    other = config.build()
+    missing = other.load_state_dict(model.state_dict())
+    assert not missing.missing_keys
+    model.eval()
+    other.eval()
+    with torch.no_grad():
+        assert_close("round trip through state_dict", _logits(other, tokens), _logits(model, tokens), 0.0)
+    again = type(config).from_dict(config.to_dict())
+    if again != config:
+        changed = [f.name for f in dataclasses.fields(config) if getattr(again, f.name) != getattr(config, f.name)]
+        raise AssertionError(f"round trip of the config changed {', '.join(changed)}")
+
+
+def _check_learning(model: nn.Module, tokens: Tensor, steps: int) -> None:
+    model = copy.deepcopy(model).train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    first = last = float("nan")
+    for step in range(steps):
+        optimiser.zero_grad(set_to_none=True)
+        loss = _loss(model, tokens)
+        loss.backward()
+        optimiser.step()
+        last = float(loss.detach())
+        first = last if step == 0 else first
+    if not last < 0.9 * first:
+        raise AssertionError(f"learning: the loss went from {first:.3f} to {last:.3f} in {steps} steps on one batch")
+
+
+def flips(got: Tensor, want: Tensor) -> float:
+    """Share of units whose set of experts differs between two [T, K] tables."""
+    return float((got.sort(dim=1).values != want.sort(dim=1).values).any(dim=1).double().mean())
