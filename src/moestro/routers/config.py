@@ -77,8 +77,10 @@ class Router(AnyRouter):
     builds: ClassVar[str] = "moestro.routers.router:StepRouter"
     score: Score = Linear()
     """How x becomes logits."""
-    activation: Literal["softmax", "sigmoid"] = "softmax"
-    """How logits become the distribution that is selected from."""
+    activation: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    """How logits become the distribution that is selected from ("identity": similarities are used as they are)."""
+    temperature: float = 1.0
+    """Logits are divided by this before the activation. Call-time knob: temperature."""
     mix: Mix | None = None
     """How distributions of different units are combined before selection."""
     select: Select = TopK()
@@ -89,6 +91,8 @@ class Router(AnyRouter):
     """What happens when an expert is chosen too often; None = nothing is dropped."""
     virtual: tuple[Literal["null", "copy"], ...] = ()
     """Extra ids after the real experts: "null" adds nothing, "copy" adds weight * x."""
+    subset: tuple[int, ...] | None = None
+    """The experts of the bank that this router addresses; None = all. Plans speak of the bank's ids."""
 
     def __post_init__(self) -> None:
         for kind in self.virtual:

@@ -1,0 +1,53 @@
+"""Ordering by value with ties to the lower index: `torch.topk` promises no order among equals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["descending", "highest"]
+
+_ROUNDS = 4  # up to this many, repeated argmax is the fastest exact way (CPU, E 8..256)
+
+
+def highest(value: Tensor, k: int) -> Tensor:
+    """[T, k] int64: indices of the k highest of each row, highest first; equal values (0 and -0 too) by lower index.
+
+    Shapes: value [T, E] fp32 or fp64, k <= E. NaN ranks above everything.
+    """
+    if k > value.shape[1]:
+        raise AssertionError(f"{k} of {value.shape[1]}")
+    value = value.detach()
+    if k == 1:
+        return value.argmax(dim=1, keepdim=True)
+    if k <= _ROUNDS:
+        return _rounds(value, k)
+    if value.dtype == torch.float32:
+        return _by_key(value, k)
+    return descending(value)[:, :k]
+
+
+def descending(value: Tensor) -> Tensor:
+    """[T, E] int64: the stable descending order of each row."""
+    return torch.sort(value.detach(), dim=1, descending=True, stable=True).indices
+
+
+def _rounds(value: Tensor, k: int) -> Tensor:
+    """argmax returns the first of several maxima; what is taken sinks below every finite value and cannot return."""
+    value = value.clamp(min=torch.finfo(value.dtype).min)
+    taken: list[Tensor] = []
+    for _ in range(k):
+        taken.append(value.argmax(dim=1, keepdim=True))
+        if len(taken) < k:
+            value = value.scatter(1, taken[-1], float("-inf"))
+    return torch.cat(taken, dim=1)
+
+
+def _by_key(value: Tensor, k: int) -> Tensor:
+    """Distinct integer keys: the float's bits as an ordered integer above, the reversed index below."""
+    E = value.shape[1]
+    bits = (value + 0.0).view(torch.int32)  # -0.0 + 0.0 = 0.0
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    index = torch.arange(E - 1, -1, -1, device=value.device)
+    best = torch.topk((bits.to(torch.int64) << 32) | index, k, dim=1).values
+    return E - 1 - (best & 0xFFFFFFFF)
