@@ -1,0 +1,101 @@
+"""AdamW over groups by role, with a state that is nothing but named tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+from ..core.params import ParamInfo, describe
+from .config import AdamW
+
+__all__ = ["AdamWOptimiser", "Group"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate and a decay. lr: factor on the learning rate. decay: weight decay."""
+
+    lr: float
+    decay: float
+    names: tuple[str, ...]
+
+
+class AdamWOptimiser:
+    """torch's fused AdamW on the trainable parameters of a model, grouped by `core.params.describe`."""
+
+    def __init__(self, config: AdamW, model: nn.Module) -> None:
+        self.config = config
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UserError("the model has no trainable parameter")
+        self.groups = group(config, model)
+        self._inner = torch.optim.AdamW(
+            [{"params": [self.parameters[n] for n in g.names], "weight_decay": g.decay} for g in self.groups],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=all(p.is_floating_point() for p in self.parameters.values()),
+        )
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self._inner.zero_grad(set_to_none=True)
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` of the peak learning rate."""
+        for g, inner in zip(self.groups, self._inner.param_groups, strict=True):
+            inner["lr"] = self.config.lr * g.lr * factor
+        self._inner.step()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The state as `parameter name/what` -> tensor; parameters that never had a gradient have none."""
+        return {
+            f"{name}/{what}": value
+            for name, parameter in self.parameters.items()
+            for what, value in self._inner.state.get(parameter, {}).items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a state written by `to_tensors`. Raises `UserError` where names or shapes do not fit."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, what = key.rpartition("/")
+            if name not in self.parameters or what not in ("step", "exp_avg", "exp_avg_sq"):
+                raise UserError(f"the optimiser's state has a tensor {key!r} that fits no parameter of this model")
+            if what != "step" and value.shape != self.parameters[name].shape:
+                raise UserError(
+                    f"the optimiser's state {key!r} has shape {list(value.shape)}, "
+                    f"its parameter {list(self.parameters[name].shape)}"
+                )
+            state.setdefault(name, {})[what] = value
+        self._inner.state.clear()
+        for name, values in state.items():
+            if len(values) != 3:
+                raise UserError(f"the optimiser's state of {name!r} is incomplete: it has only {sorted(values)}")
+            device = self.parameters[name].device
+            self._inner.state[self.parameters[name]] = {w: v.clone().to(device) for w, v in values.items()}
+
+
+def group(config: AdamW, model: nn.Module) -> list[Group]:
+    """The groups of a model's trainable parameters, in a fixed order."""
+    made: dict[tuple[float, float], list[str]] = {}
+    infos = describe(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            info = infos[name]
+            made.setdefault((_factor(config, info), config.weight_decay if info.decay else 0.0), []).append(name)
+    return [Group(lr, decay, tuple(names)) for (lr, decay), names in sorted(made.items())]
+
+
+def _factor(config: AdamW, info: ParamInfo) -> float:
+    return {
+        "expert": config.lr_expert,
+        "shared_expert": config.lr_expert,
+        "router": config.lr_router,
+        "embedding": config.lr_embedding,
+        "head": config.lr_head,
+    }.get(info.role, 1.0)

@@ -1,0 +1,117 @@
+"""Configs of optimisers and learning-rate schedules. Built with (model)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from ..core.config import Config, config
+from ..core.errors import UserError
+
+# Schedules: factors on the learning rate, pure functions of (step, steps) ------------------------------------------
+
+
+@config
+class Schedule(Config):
+    """Base of schedules. `factor(step, steps)` is the share of the peak learning rate used by step 0..steps-1."""
+
+    warmup: float = 0.05
+    """Warm-up from near 0: below 1 a share of all steps, from 1 on a number of steps."""
+    floor: float = 0.05
+    """Share of the peak learning rate that is left at the end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < math.inf:
+            raise UserError(f"{type(self).__name__}.warmup must not be negative, found {self.warmup}")
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"{type(self).__name__}.floor must lie in 0..1, found {self.floor}")
+
+    def warmup_steps(self, steps: int) -> int:
+        """How many steps the warm-up takes of `steps`."""
+        return round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor of step number `step` (from 0) in a training of `steps` steps."""
+        warm = self.warmup_steps(steps)
+        return (step + 1) / warm if step < warm else self._after(step, steps, warm)
+
+    def _after(self, step: int, steps: int, warm: int) -> float:
+        raise NotImplementedError
+
+
+@config
+class Cosine(Schedule):
+    """Warm-up, then half a cosine from the peak down to `floor`."""
+
+    def _after(self, step: int, steps: int, warm: int) -> float:
+        done = min(1.0, (step - warm) / max(1, steps - warm))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@config
+class WSD(Schedule):
+    """Warm-up, stable at the peak, then a straight decay to `floor`; may be extended while still stable."""
+
+    decay: float = 0.3
+    """Share of all steps that the decay takes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay <= 1:
+            raise UserError(f"WSD.decay must lie in 0..1, found {self.decay}")
+
+    def _after(self, step: int, steps: int, warm: int) -> float:
+        length = self.decay * steps
+        left = (steps - step) / length if length else 1.0
+        return 1.0 if left >= 1 else self.floor + (1 - self.floor) * left
+
+
+# Optimisers -------------------------------------------------------------------------------------------------------
+
+
+@config
+class Optimiser(Config):
+    """Base of optimisers: what is built steps a model's parameters and keeps its state as named tensors."""
+
+    clip: float = 1.0
+    """Largest norm of the whole gradient; longer ones are scaled down to it. 0 = no clipping."""
+    schedule: Schedule = Cosine()
+    """How the learning rate changes over the steps."""
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise UserError(f"{type(self).__name__}.clip must not be negative, found {self.clip}")
+
+
+@config
+class AdamW(Optimiser):
+    """AdamW, with groups of parameters by role."""
+
+    builds: ClassVar[str] = "moestro.optim.adamw:AdamWOptimiser"
+    lr: float = 4e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.95
+    """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors and whatever its module says are not decayed."""
+    lr_expert: float = 1.0
+    """Factor on the learning rate of routed and shared experts."""
+    lr_router: float = 1.0
+    """Factor on the learning rate of routers."""
+    lr_embedding: float = 1.0
+    """Factor on the learning rate of embeddings."""
+    lr_head: float = 1.0
+    """Factor on the learning rate of the output head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr", "eps", "lr_expert", "lr_router", "lr_embedding", "lr_head", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"AdamW.{name} must be a number from 0 on, found {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"AdamW.{name} must lie in 0..1 (1 excluded), found {getattr(self, name)}")
