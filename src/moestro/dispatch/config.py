@@ -21,7 +21,7 @@ class Local(Exchange):
 
 @config
 class Capacity(Exchange):
-    """Every expert receives a table of the same fixed size, padded with zeros: static shapes. Needs a capacity limit."""
+    """Every expert receives a table of the same fixed size, padded with zeros: static shapes. Needs a capacity."""
 
     builds: ClassVar[str] = "moestro.dispatch.capacity:CapacityExchange"
     inner: Exchange = Local()

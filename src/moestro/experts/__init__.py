@@ -1,4 +1,4 @@
-"""Expert banks: `(rows, index, context=None, weights=None) -> rows`, stacked or lists of modules. Configs load no torch."""
+"""Expert banks, `(rows, index, context=None, weights=None) -> rows`: stacked, or of modules. Torch-free configs."""
 
 from .config import MLP, Convolution, Experts, FeedForward, Gated, Modules, Unit, examples
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 def _widths(width: int | tuple[int, ...], where: str) -> None:
@@ -32,8 +32,6 @@ class Gated(Experts):
     """Hidden width of each expert; a tuple gives every expert its own."""
     activation: Activation = "silu"
     """Activation of the gate."""
-    out_dim: int | None = None
-    """Width of the output; null = that of the input."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "Gated.width")
@@ -44,14 +42,12 @@ class MLP(Experts):
     """Plain MLP experts: down(act(up(x))), stacked, with or without biases."""
 
     builds: ClassVar[str] = "moestro.experts.mlp:MLPBank"
-    width: int | tuple[int, ...] = 512
-    """Hidden width of each expert; a tuple gives every expert its own."""
+    width: int = 512
+    """Hidden width of each expert."""
     activation: Activation = "gelu"
     """Activation between the two maps."""
     bias: bool = False
     """Whether both maps have a bias."""
-    out_dim: int | None = None
-    """Width of the output; null = that of the input."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "MLP.width")
@@ -109,7 +105,7 @@ def examples() -> dict[str, Experts]:
         "gated_widths": Gated(width=(4, 12, 7, 9)),
         "mlp": MLP(width=12),
         "mlp_bias": MLP(width=10, bias=True, activation="relu"),
-        "mlp_widths": MLP(width=(4, 12, 7, 9), bias=True),
+        "mlp_relu2": MLP(width=9, activation="relu2"),
         "modules": Modules(experts=(FeedForward(width=8),)),
         "modules_mixed": Modules(
             experts=(

@@ -47,7 +47,7 @@ class ConcatMerge(Merge):
 
 @config
 class MoELayer(Config):
-    """A routed layer: router, bank of experts, exchange, losses, and optionally shared experts that every unit meets."""
+    """A routed layer: router, bank of experts, exchange, losses, and optionally shared experts that all units meet."""
 
     builds: ClassVar[str] = "moestro.moe.layer:MoELayer"
     num_experts: int = 8
