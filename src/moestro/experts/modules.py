@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from ..core import account
 from ..core.errors import UserError, did_you_mean
@@ -46,13 +47,17 @@ class ModuleBank(Bank):
         outs: list[Tensor] = []
         idle: list[Tensor] = []
         sizes = index.offsets.diff().tolist()
-        for e, (module, part) in enumerate(zip(self._modules.values(), rows.split(sizes), strict=True)):
+        for e, (module, part) in enumerate(zip(self.members(), rows.split(sizes), strict=True)):
             if sizes[e]:
                 outs.append(_call(module, part, context, substitutes[e]))
             else:
                 idle += [substitutes[e].get(n, p) for n, p in module.named_parameters()]
         out = torch.cat(outs) if outs else self._nothing(rows, context)
         return touch(scaled(out, index), idle)
+
+    def members(self) -> list[nn.Module]:
+        """The experts' modules, in order; the same one may stand for several experts."""
+        return [m for m in self._modules.values() if m is not None]
 
     def _substitutes(self, weights: Mapping[str, Tensor] | None) -> list[dict[str, Tensor]]:
         """Per expert, the entries of `weights` under their names inside the module."""
@@ -68,17 +73,17 @@ class ModuleBank(Bank):
 
     def _nothing(self, rows: Tensor, context: Any) -> Tensor:
         """[0, *unit'] in the right shape and dtype, found by running the first module on the meta device."""
-        module = next(self.children())
+        module = self.members()[0]
         tensors = [*module.named_parameters(), *module.named_buffers()]
         empty = {n: torch.empty_like(t, device="meta") for n, t in tensors}
-        context = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to("meta"), context)
+        context = tree_map_only(Tensor, lambda t: t.to("meta"), context)
         with torch.no_grad():
             one = _call(module, rows.new_empty(2, *rows.shape[1:], device="meta"), context, empty)
         # Part of the graph through `rows`, whose gradient is then zeros and not missing.
         return torch.empty_like(one[:0], device=rows.device) + rows.sum().to(one.dtype)
 
     def per_row(self) -> tuple[int, int]:
-        costs = [account.cost(m) for m in self.children()]
+        costs = [account.cost(m) for m in self.members()]
         return sum(p.numel() for p in self.parameters()), sum(c.flops for c in costs)
 
 
