@@ -8,13 +8,17 @@ __all__ = ["expected_k"]
 
 
 def expected_k(router: Any) -> float:
-    """Mean number of real experts per unit; what the router says, or all of them where it says nothing."""
+    """Mean number of real experts per unit; what the router says, or all of them where it says nothing.
+
+    Of a router of steps it is the most that its select step gives a unit (for expert choice the mean), less the share
+    of virtual ids, as if all ids were equally likely.
+    """
     if hasattr(router, "expected_k"):
         return float(router.expected_k())
     E = float(router.num_experts)
-    select = getattr(router, "select", None)
-    k = getattr(select, "k", None)
-    if not isinstance(k, int):
+    k = getattr(getattr(router, "select", None), "top_k", None)
+    if k is None:
         return E
-    ids = E + len(getattr(router, "virtual", ()))
-    return min(E, k * E / ids)
+    subset = getattr(router, "subset", None)
+    local = float(getattr(subset, "num_local", E))
+    return min(local, float(k) * local / (local + len(getattr(router, "virtual", ()))))
