@@ -7,7 +7,14 @@ from typing import ClassVar, Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 
-# Steps ------------------------------------------------------------------------------------------------------------
+
+def _positive(part: Config, *names: str) -> None:
+    for name in names:
+        if not getattr(part, name) > 0:
+            raise UserError(f"{type(part).__name__}.{name}: {getattr(part, name)} is not positive")
+
+
+# Bases ------------------------------------------------------------------------------------------------------------
 
 
 @config
@@ -27,12 +34,23 @@ class Select(Config):
 
 @config
 class Weigh(Config):
-    """Base of weigh steps: (Scores, expert [T, K]) -> weight [T, K] fp32."""
+    """Base of weigh steps: (Scores, expert [T, K]) -> weight [T, K] fp32. Built without sizes."""
 
 
 @config
 class Limit(Config):
-    """Base of limit steps: (expert [T, K], Scores, signals) -> (expert, kept [T, K], capacity)."""
+    """Base of limit steps: (expert [T, K], Scores, signals) -> (expert, kept [T, K], capacity).
+
+    Built with (num_experts, num_ids).
+    """
+
+
+@config
+class Priority(Config):
+    """Base of drop policies: who is served first where an expert has too little room. Built without sizes."""
+
+
+# Score ------------------------------------------------------------------------------------------------------------
 
 
 @config
@@ -45,12 +63,204 @@ class Linear(Score):
 
 
 @config
+class MLP(Score):
+    """A small network: `depth` hidden layers, then a linear map to the logits (T2MIR, ZAYA1)."""
+
+    builds: ClassVar[str] = "moestro.routers.score:MLPScore"
+    hidden: int = 64
+    """Width of each hidden layer."""
+    depth: int = 1
+    """Number of hidden layers."""
+    activation: Literal["gelu", "tanh", "relu", "silu"] = "gelu"
+    """Activation after each hidden layer."""
+    bias: bool = True
+    """Whether the hidden layers have biases; the map to the logits never has one."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "hidden", "depth")
+
+
+@config
+class Cosine(Score):
+    """scale * cosine of x with one prototype per expert (X-MoE, Tutel's cosine router, ProMoE)."""
+
+    builds: ClassVar[str] = "moestro.routers.score:CosineScore"
+    rank: int | None = None
+    """Width to which x is projected first; None = no projection."""
+    scale: float = 10.0
+    """Factor on the cosine (the inverse temperature), at the start where it is learned."""
+    learned_scale: bool = True
+    """Whether the factor is learned."""
+    max_scale: float = 100.0
+    """The learned factor never exceeds this."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "scale", "max_scale")
+        if self.rank is not None:
+            _positive(self, "rank")
+        if self.learned_scale and self.scale > self.max_scale:
+            raise UserError(f"Cosine.scale: {self.scale} is over max_scale {self.max_scale}")
+
+
+@config
+class Frozen(Score):
+    """Another score whose parameters are never trained; gradient still flows to x (SMoE-Dropout)."""
+
+    builds: ClassVar[str] = "moestro.routers.score:FrozenScore"
+    inner: Score = Linear()
+    """The score that is frozen."""
+
+
+@config
+class Noisy(Score):
+    """Another score, and in training noise with a learned standard deviation, for selection only (Shazeer 2017)."""
+
+    builds: ClassVar[str] = "moestro.routers.noise:NoisyScore"
+    inner: Score = Linear()
+    """The score that the noise is added to."""
+    floor: float = 0.01
+    """Added to the learned standard deviation, so that it never reaches 0."""
+
+
+@config
+class FixedNoise(Score):
+    """Another score, and in training noise of fixed standard deviation, for selection only (V-MoE)."""
+
+    builds: ClassVar[str] = "moestro.routers.noise:FixedNoiseScore"
+    inner: Score = Linear()
+    """The score that the noise is added to."""
+    std: float | None = None
+    """Standard deviation of the noise; None = 1 / number of experts."""
+
+
+@config
+class Uniform(Score):
+    """No parameters and equal logits, for selections that look at no score (random, by label)."""
+
+    builds: ClassVar[str] = "moestro.routers.score:UniformScore"
+
+
+# Select -----------------------------------------------------------------------------------------------------------
+
+
+@config
 class TopK(Select):
-    """The k highest probabilities of each unit; equal ones go to the lower index."""
+    """The k highest probabilities of each unit; equal ones go to the lower index. Call-time knob: top_k."""
 
     builds: ClassVar[str] = "moestro.routers.select:TopKSelect"
     k: int = 2
     """Experts per unit."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+
+
+@config
+class TopP(Select):
+    """The fewest experts whose probabilities sum to more than p (dynamic routing). Call-time knob: top_p."""
+
+    builds: ClassVar[str] = "moestro.routers.select:TopPSelect"
+    p: float = 0.4
+    """The sum to be passed; at 1 or more every expert is taken, up to max_k."""
+    max_k: int | None = None
+    """The most experts of a unit; None = all of them."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "p")
+        if self.max_k is not None:
+            _positive(self, "max_k")
+
+
+@config
+class ExpertChoiceSelect(Select):
+    """Each expert takes its share of the units, by probability (expert choice); not causal. Knob: capacity_factor."""
+
+    builds: ClassVar[str] = "moestro.routers.by_expert:ExpertChoiceSelection"
+    capacity_factor: float = 1.0
+    """Mean number of experts per unit: an expert takes floor(capacity_factor * units / experts) units, at least 1."""
+    per: Literal["batch", "segment"] = "batch"
+    """Units that are chosen from together: the whole batch, or each segment (image, sequence)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "capacity_factor")
+
+
+@config
+class Label(Select):
+    """The expert whose number a signal names; -1 = none."""
+
+    builds: ClassVar[str] = "moestro.routers.unscored:LabelSelect"
+    signal: Literal["label", "task"] = "label"
+    """The signal that holds expert numbers."""
+
+
+@config
+class Random(Select):
+    """k different experts drawn uniformly, in training and inference (THOR). Call-time knob: top_k."""
+
+    builds: ClassVar[str] = "moestro.routers.unscored:RandomSelect"
+    k: int = 1
+    """Experts per unit."""
+    level: Literal["token", "sequence", "batch"] = "token"
+    """What shares a draw: nothing, the units of one segment, or the whole batch."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+
+
+@config
+class Gumbel(Select):
+    """k experts sampled from the distribution without replacement (Gumbel top-k). Knobs: top_k, temperature."""
+
+    builds: ClassVar[str] = "moestro.routers.unscored:GumbelSelect"
+    k: int = 2
+    """Experts per unit."""
+    when: Literal["train", "always"] = "train"
+    """When to sample; otherwise the k highest are taken."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+
+
+@config
+class All(Select):
+    """Every expert meets every unit."""
+
+    builds: ClassVar[str] = "moestro.routers.select:AllSelect"
+
+
+@config
+class GroupLimited(Select):
+    """Another selection, inside the best groups of experts only (DeepSeek-V2 and V3)."""
+
+    builds: ClassVar[str] = "moestro.routers.groups:GroupLimitedSelect"
+    groups: int = 4
+    """Number of groups of consecutive experts."""
+    kept: int = 2
+    """Groups a unit may choose from."""
+    by: Literal["max", "top2"] = "top2"
+    """What ranks a group: its highest entry (V2) or the sum of its two highest (V3)."""
+    inner: Select = TopK()
+    """The selection inside the kept groups."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "groups", "kept")
+        if self.kept > self.groups:
+            raise UserError(f"GroupLimited.kept: {self.kept} of {self.groups} groups cannot be kept")
+
+
+@config
+class LossFree(Select):
+    """Another selection by probability + bias, where the bias follows the load (DeepSeek-V3); weights ignore it."""
+
+    builds: ClassVar[str] = "moestro.routers.loss_free:LossFreeSelect"
+    inner: Select = TopK()
+    """The selection: TopK, or GroupLimited with TopK inside."""
+    rate: float = 0.001
+    """How far a bias moves per optimiser step."""
+
+
+# Weigh ------------------------------------------------------------------------------------------------------------
 
 
 @config
@@ -60,6 +270,120 @@ class Renormalised(Weigh):
     builds: ClassVar[str] = "moestro.routers.weigh:RenormalisedWeight"
     scale: float = 1.0
     """Factor on the result."""
+
+
+@config
+class Raw(Weigh):
+    """The probabilities as they are (Switch, V-MoE, top-p, expert choice)."""
+
+    builds: ClassVar[str] = "moestro.routers.weigh:RawWeight"
+    scale: float = 1.0
+    """Factor on the result."""
+
+
+@config
+class SoftmaxKept(Weigh):
+    """A softmax over the logits of the chosen experts (SMoE-Dropout, Shazeer 2017)."""
+
+    builds: ClassVar[str] = "moestro.routers.weigh:SoftmaxKeptWeight"
+    scale: float = 1.0
+    """Factor on the result."""
+
+
+@config
+class Constant(Weigh):
+    """The same weight for every choice (THOR)."""
+
+    builds: ClassVar[str] = "moestro.routers.weigh:ConstantWeight"
+    value: float | None = None
+    """The weight; None = one over the number of the unit's choices."""
+
+
+# Limit ------------------------------------------------------------------------------------------------------------
+
+
+@config
+class ByPosition(Priority):
+    """Earlier units first, with all their choices. The one causal policy."""
+
+    builds: ClassVar[str] = "moestro.routers.priority:PositionPriority"
+
+
+@config
+class FirstChoices(Priority):
+    """All first choices before all second choices, each in the order of units (GShard)."""
+
+    builds: ClassVar[str] = "moestro.routers.priority:FirstChoicesPriority"
+
+
+@config
+class ByProbability(Priority):
+    """Choices of higher probability first."""
+
+    builds: ClassVar[str] = "moestro.routers.priority:ProbabilityPriority"
+
+
+@config
+class BatchPrioritised(Priority):
+    """First choices first, units in the order of their highest probability (V-MoE's batch-prioritised routing)."""
+
+    builds: ClassVar[str] = "moestro.routers.priority:BatchPrioritisedPriority"
+
+
+@config
+class Recycle(Priority):
+    """Like another policy, but choices that find no room go to random experts that have some (Hunyuan-Large)."""
+
+    builds: ClassVar[str] = "moestro.routers.priority:RecyclePriority"
+    order: Priority = FirstChoices()
+    """Who is served first."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, Recycle):
+            raise UserError("Recycle.order: recycling inside recycling has no meaning; name another policy")
+
+
+@config
+class Capacity(Limit):
+    """An expert takes at most max(min_capacity, ceil(factor * K * valid units / experts)) choices.
+
+    Call-time knob: capacity_factor.
+    """
+
+    builds: ClassVar[str] = "moestro.routers.limit:CapacityLimit"
+    factor: float = 1.25
+    """Room over an even load, in training."""
+    eval_factor: float | None = None
+    """The same in evaluation; None = as in training."""
+    min_capacity: int = 4
+    """Room that every expert has."""
+    priority: Priority = ByPosition()
+    """Who is served first, and what happens to the others."""
+    per: Literal["batch", "segment"] = "batch"
+    """Units that share the room: the whole batch, or each segment."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor")
+        if self.eval_factor is not None:
+            _positive(self, "eval_factor")
+        if self.min_capacity < 0:
+            raise UserError(f"Capacity.min_capacity: {self.min_capacity} is negative")
+
+
+@config
+class RandomSecond(Limit):
+    """The second of two choices is kept with probability share / threshold, share = p2 / (p1 + p2) (GShard)."""
+
+    builds: ClassVar[str] = "moestro.routers.limit:RandomSecondLimit"
+    threshold: float = 0.5
+    """Share from which the second choice is always kept: 0.5 in GShard, 0.2 in later reimplementations."""
+    when: Literal["train", "always"] = "always"
+    """When to drop at random; otherwise every second choice is kept."""
+    then: Limit | None = None
+    """A limit for what is left."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "threshold")
 
 
 # The composite ----------------------------------------------------------------------------------------------------
@@ -95,6 +419,18 @@ class Router(AnyRouter):
     """The experts of the bank that this router addresses; None = all. Plans speak of the bank's ids."""
 
     def __post_init__(self) -> None:
+        _positive(self, "temperature")
         for kind in self.virtual:
             if kind not in ("null", "copy"):
                 raise UserError(f"Router.virtual: {kind!r} is neither 'null' nor 'copy'")
+        chooser = self.select
+        while isinstance(chooser, GroupLimited | LossFree):
+            chooser = chooser.inner
+        if self.activation == "identity" and isinstance(chooser, TopP | Gumbel):
+            raise UserError(f"Router: {type(chooser).__name__} needs probabilities; use activation softmax or sigmoid")
+        alone = isinstance(chooser, TopK | Gumbel) and chooser.k == 1
+        if alone and isinstance(self.weigh, Renormalised | SoftmaxKept):
+            raise UserError(
+                f"Router: with one expert per unit the weight of {type(self.weigh).__name__} is always 1, and the "
+                f"router would learn nothing from the output; use weigh=Raw()"
+            )

@@ -28,7 +28,8 @@ class StepRouter(nn.Module):
     passes `ops.choice.commit` once; weights are recomputed after it, so gradients flow under checkpointing. If
     `carry.mine` is a `Replay`, its choices are taken instead (and not committed: they are an input, not a decision).
 
-    causal: whether the plan of unit t depends on units up to t only. needs: signals that must be given.
+    causal: whether the plan of unit t depends on units up to t only. needs: signals that must be given. top_k: the most
+    experts a unit can get, as configured (expert choice: the mean).
     Call-time knobs: temperature here; top_k, top_p, capacity_factor in the steps.
     """
 
@@ -48,6 +49,7 @@ class StepRouter(nn.Module):
         steps = [m for m in self.modules() if isinstance(m, Step)]
         self.causal = all(s.causal for s in steps)
         self.needs = tuple(dict.fromkeys(n for s in steps for n in s.needs))
+        self.top_k = self.select.top_k
 
     def forward(self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None) -> tuple[AnyPlan, Carry]:
         signals = Signals() if signals is None else signals
@@ -55,6 +57,10 @@ class StepRouter(nn.Module):
         signals.require(self.needs, by="the router")
         if x.ndim != 2:
             raise UserError(f"a router takes units [T, D], not a tensor of shape {list(x.shape)}; flatten it first")
+        for name in ("valid", "unit_id", *self.needs):
+            given = getattr(signals, name)
+            if isinstance(given, Tensor) and given.ndim and given.shape[0] != x.shape[0]:
+                raise UserError(f"signals.{name} has {given.shape[0]} entries for {x.shape[0]} units")
         with _no_autocast(x.device.type):
             scores, carry = self._scores(x, signals, carry)
             if isinstance(carry.mine, Replay):

@@ -1,16 +1,18 @@
-"""Select steps: which experts each unit takes."""
+"""Select steps that order the experts of a unit by probability, and the one that takes all of them."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.errors import UserError
 from ..core.signals import Signals
 from . import config as cfg
-from .order import highest
+from .order import descending, highest
 from .steps import Choice, Scores, SelectStep
 
-__all__ = ["TopKSelect", "check_k"]
+__all__ = ["AllSelect", "TopKSelect", "TopPSelect", "check_k", "passing_over"]
 
 
 def check_k(k: int, ids: int, where: str) -> int:
@@ -20,20 +22,60 @@ def check_k(k: int, ids: int, where: str) -> int:
     return k
 
 
-def passing_over(scores: Scores) -> Tensor:
-    """[T, E'] what to order by, with everything that is not allowed at the bottom."""
-    order = scores.order.detach()
+def passing_over(order: Tensor, scores: Scores) -> Tensor:
+    """[T, E'] `order` without a graph, with everything that is not allowed at the bottom."""
+    order = order.detach()
     return order if scores.allowed is None else order.masked_fill(~scores.allowed, float("-inf"))
 
 
 class TopKSelect(SelectStep):
     """The k highest of each unit, equal ones by lower id. Call-time knob: top_k."""
 
+    masks = True
+    by_order = True
+
     def __init__(self, config: cfg.TopK, num_experts: int, num_ids: int) -> None:
         super().__init__()
-        self.k = check_k(config.k, num_ids, "TopK")
+        self.top_k = self.k = check_k(config.k, num_ids, "TopK")
         self.num_ids = num_ids
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         k = check_k(int(signals.knob("top_k", self.k)), self.num_ids, "TopK")
-        return Choice(expert=highest(passing_over(scores), k), complete=True)
+        return Choice(expert=highest(passing_over(scores.order, scores), k), complete=True)
+
+
+class TopPSelect(SelectStep):
+    """The fewest experts whose probabilities sum to more than p, highest first, -1 behind them; at most max_k.
+
+    t = min {k: p_1 + ... + p_k > p}, strictly greater (arXiv 2403.07652 eqs. 4-5). Call-time knob: top_p.
+    """
+
+    masks = True
+    ragged = True
+
+    def __init__(self, config: cfg.TopP, num_experts: int, num_ids: int) -> None:
+        super().__init__()
+        self.p = config.p
+        self.top_k = self.max_k = check_k(num_ids if config.max_k is None else config.max_k, num_ids, "TopP")
+
+    def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
+        p = signals.knob("top_p", self.p)
+        order = passing_over(scores.order, scores)
+        wide = self.max_k == order.shape[1]
+        expert = descending(order) if wide else highest(order, self.max_k)
+        mass = order.gather(1, expert)
+        before = F.pad(mass[:, :-1].cumsum(dim=1), (1, 0))  # the sum of those ahead has not passed p yet
+        return Choice(expert=torch.where((before <= p) & (mass > float("-inf")), expert, -1))
+
+
+class AllSelect(SelectStep):
+    """Every expert, on every unit: a `Dense` plan."""
+
+    makes = "Dense"
+
+    def __init__(self, config: cfg.All, num_experts: int, num_ids: int) -> None:
+        super().__init__()
+        self.top_k = num_experts
+
+    def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
+        return Choice()

@@ -6,13 +6,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..core.carry import Carry
 from ..core.pytree import pytree, static
 from ..core.signals import Signals
 
-__all__ = ["Choice", "Limited", "LimitStep", "MixStep", "ScoreStep", "Scores", "SelectStep", "Step", "WeighStep"]
+__all__ = [
+    "Choice",
+    "LimitStep",
+    "Limited",
+    "MixStep",
+    "ScoreStep",
+    "Scores",
+    "SelectStep",
+    "Step",
+    "WeighStep",
+    "unit_ids",
+]
 
 
 @pytree
@@ -97,9 +109,18 @@ class MixStep(Step):
 
 
 class SelectStep(Step):
-    """`(Scores, x, signals) -> Choice`. makes: the type of plan. Built as `(config, num_experts, num_ids)`."""
+    """`(Scores, x, signals) -> Choice`. Built as `(config, num_experts, num_ids)`.
+
+    makes: the type of plan. top_k: the most experts a unit can get (expert choice: the mean). ragged: whether it may
+    give fewer. masks: whether it passes over ids that are not `allowed`. by_order: whether it takes the first k by
+    `Scores.order`, so that a bias added to the order means something.
+    """
 
     makes: str = "Plan"
+    top_k: float = 1
+    masks: bool = False
+    ragged: bool = False
+    by_order: bool = False
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         raise NotImplementedError
@@ -125,3 +146,10 @@ class LimitStep(Step):
 
     def forward(self, expert: Tensor, kept: Tensor | None, scores: Scores, signals: Signals) -> Limited:
         raise NotImplementedError
+
+
+def unit_ids(signals: Signals, like: Tensor) -> Tensor:
+    """[T] int64 numbers of the units in the global batch; 0..T-1 where the signals do not say."""
+    if signals.unit_id is not None:
+        return signals.unit_id
+    return torch.arange(like.shape[0], device=like.device)

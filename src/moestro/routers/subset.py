@@ -17,8 +17,8 @@ _FILL = {"noisy_logits": ABSENT_LOGIT, "noise_std": 1.0}
 class Subset:
     """The map between local and bank ids. Without a subset every method returns what it is given.
 
-    Virtual ids follow the real ones in both numberings. Tables are Python lists that become tensors where they are used:
-    buffers would be lost when a model is built on the meta device.
+    Virtual ids follow the real ones in both numberings. Tables are Python lists that become tensors where they are
+    used: buffers would be lost when a model is built on the meta device.
     """
 
     def __init__(self, ids: tuple[int, ...] | None, num_experts: int, num_virtual: int) -> None:

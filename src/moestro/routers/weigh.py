@@ -9,7 +9,7 @@ from torch import Tensor
 from . import config as cfg
 from .steps import Scores, WeighStep
 
-__all__ = ["RenormalisedWeight", "chosen"]
+__all__ = ["ConstantWeight", "RawWeight", "RenormalisedWeight", "SoftmaxKeptWeight", "chosen"]
 
 
 def chosen(value: Tensor, expert: Tensor) -> Tensor:
@@ -31,3 +31,54 @@ class RenormalisedWeight(WeighStep):
         weight = chosen(scores.probs, expert)
         total = weight.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         return weight / total * self.scale
+
+
+class RawWeight(WeighStep):
+    """scale * p_k (Switch eq. 2; V-MoE)."""
+
+    slots = True
+
+    def __init__(self, config: cfg.Raw) -> None:
+        super().__init__()
+        self.scale = config.scale
+
+    def forward(self, scores: Scores, expert: Tensor) -> Tensor:
+        return chosen(scores.probs, expert) * self.scale
+
+    def of_slots(self, scores: Scores, unit: Tensor) -> Tensor:
+        G, E, C = unit.shape
+        flat = unit.transpose(0, 1).reshape(E, G * C)  # groups are disjoint: no unit twice in a row
+        return chosen(scores.probs.t(), flat).view(E, G, C).transpose(0, 1) * self.scale
+
+
+class SoftmaxKeptWeight(WeighStep):
+    """scale * softmax over the clean logits / temperature of the chosen experts (Shazeer et al. 2017 eqs. 3-5)."""
+
+    def __init__(self, config: cfg.SoftmaxKept) -> None:
+        super().__init__()
+        self.scale = config.scale
+
+    def forward(self, scores: Scores, expert: Tensor) -> Tensor:
+        logits = chosen(scores.logits, expert) / scores.temperature
+        # the lowest finite number, not -inf: a unit without any choice must not become NaN
+        weight = logits.masked_fill(expert < 0, torch.finfo(logits.dtype).min).softmax(dim=1)
+        return torch.where(expert >= 0, weight, 0.0) * self.scale
+
+
+class ConstantWeight(WeighStep):
+    """A constant, or one over the number of the unit's choices. No gradient reaches the router (THOR)."""
+
+    def __init__(self, config: cfg.Constant) -> None:
+        super().__init__()
+        self.value = config.value
+        self.slots = config.value is not None
+
+    def forward(self, scores: Scores, expert: Tensor) -> Tensor:
+        made = (expert >= 0).to(scores.probs.dtype)
+        if self.value is None:
+            return made / made.sum(dim=1, keepdim=True).clamp_min(1.0)
+        return made * self.value
+
+    def of_slots(self, scores: Scores, unit: Tensor) -> Tensor:
+        assert self.value is not None
+        return (unit >= 0).to(scores.probs.dtype) * self.value
