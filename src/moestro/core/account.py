@@ -1,8 +1,13 @@
 """Counting parameters, active parameters and FLOPs from the module tree.
 
-A module whose cost is not the sum of its children's plus its own matrices says so in a method
-`cost(seq_len) -> Cost` (banks of experts, attention scores, tied heads). FLOPs are those of matrix products, two per
-multiply-add, forward, per token; element-wise work is not counted. This is what torch's FlopCounterMode counts.
+A module whose cost is not the sum of its children's plus its own matrices says so: `cost(seq_len) -> Cost` replaces the
+whole count (banks of experts, of which a unit meets some), `extra_flops(seq_len)` adds forward FLOPs per token
+(attention scores, matrices that are no `nn.Linear`, tied heads), `extra_backward_flops(seq_len)` adds what its backward
+pass costs beyond two forward passes (attention kernels compute the scores again).
+
+FLOPs are those of matrix products, two per multiply-add, per token; element-wise work is not counted, attention is
+counted over all pairs, recomputation under checkpointing is not counted. This is what torch's FlopCounterMode counts.
+Parameters that are shared (tied embeddings) count once; all embeddings count as active, as in published figures.
 """
 
 from __future__ import annotations
@@ -15,14 +20,22 @@ __all__ = ["Cost", "CostLine", "breakdown", "cost"]
 
 
 class Cost(NamedTuple):
-    """params: all parameters. active: those that one token meets. flops: forward matrix FLOPs per token."""
+    """params: all parameters. active: those that one token meets. flops: forward matrix FLOPs per token.
+    backward_extra: backward FLOPs per token beyond twice the forward ones.
+    """
 
     params: int
     active: int
     flops: int
+    backward_extra: int = 0
+
+    @property
+    def train_flops(self) -> int:
+        """Matrix FLOPs per token of a forward and a backward pass."""
+        return 3 * self.flops + self.backward_extra
 
     def __add__(self, other: Cost) -> Cost:  # type: ignore[override]
-        return Cost(self.params + other.params, self.active + other.active, self.flops + other.flops)
+        return Cost(*(a + b for a, b in zip(self, other)))
 
 
 class CostLine(NamedTuple):
@@ -59,6 +72,8 @@ def _cost(module: nn.Module, seq_len: int, seen: set[int]) -> Cost:
     total = own_cost(module, seen)
     if hasattr(module, "extra_flops"):
         total += Cost(0, 0, int(module.extra_flops(seq_len)))  # type: ignore[operator]
+    if hasattr(module, "extra_backward_flops"):
+        total += Cost(0, 0, 0, int(module.extra_backward_flops(seq_len)))  # type: ignore[operator]
     for child in module.children():
         total += _cost(child, seq_len, seen)
     return total

@@ -58,8 +58,9 @@ class Config:
         return self._cost(sizes).active
 
     def flops_per_token(self, seq_len: int, mode: Literal["forward", "train"] = "forward", **sizes: Any) -> int:
-        """Matrix-product FLOPs per token in a sequence of `seq_len`; a backward pass counts as two forwards."""
-        return self._cost(sizes, seq_len).flops * (3 if mode == "train" else 1)
+        """Matrix-product FLOPs per token in a sequence of `seq_len`, of the forward pass or of forward and backward."""
+        cost = self._cost(sizes, seq_len)
+        return cost.train_flops if mode == "train" else cost.flops
 
     def _cost(self, sizes: dict[str, Any], seq_len: int = 1) -> Any:
         import torch

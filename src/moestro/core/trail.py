@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .errors import UserError
 from .plan import AnyPlan
@@ -141,7 +141,7 @@ class Trail(Mapping[Key, Record]):
 
     def detach(self) -> Trail:
         """The trail cut from the graph, for keeping after the step."""
-        return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach(), self)
+        return _pytree.tree_map_only(Tensor, lambda t: t.detach(), self)
 
 
 def add_stats(parts: Iterable[Mapping[TermKey, Stats]]) -> dict[TermKey, Stats]:

@@ -1,0 +1,7 @@
+"""Network parts that know nothing of experts: norms, positions, attention, dense feed-forward layers."""
+
+from __future__ import annotations
+
+from .config import Attention, FeedForward, Mixer, Norm, Positions, RMSNorm, Rotary, Scaling, YaRN
+
+__all__ = ["Attention", "FeedForward", "Mixer", "Norm", "Positions", "RMSNorm", "Rotary", "Scaling", "YaRN"]

@@ -120,7 +120,7 @@ def _check_cache(model: nn.Module, tokens: Tensor) -> None:
     with torch.no_grad():
         want = _logits(model, tokens)
         half = tokens.shape[1] // 2
-        carry: Carry = model.empty_carry(tokens.shape[0], tokens.shape[1])  # type: ignore[operator]
+        carry: Carry = model.new_cache(tokens.shape[1])  # type: ignore[operator]
         got, carry, _ = model(tokens[:, :half], signals_of(tokens[:, :half]), carry)
         parts = [got]
         for t in range(half, tokens.shape[1]):

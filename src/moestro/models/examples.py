@@ -1,0 +1,34 @@
+"""Tiny members of every kind of network; tests are generated from them."""
+
+from __future__ import annotations
+
+from ..experts.config import Gated
+from ..moe.config import MoELayer
+from ..nn.config import Attention, FeedForward, Rotary, YaRN
+from ..routers.config import Router, TopK
+from .config import Block, Decoder
+
+__all__ = ["examples"]
+
+_ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=6)
+_DENSE = FeedForward(width=20)
+_MOE = MoELayer(num_experts=4, router=Router(select=TopK(k=2)), experts=Gated(width=12))
+
+
+def examples() -> dict[str, Decoder]:
+    """Name -> config, each built in milliseconds."""
+    base = Decoder(vocab_size=37, dim=16, num_layers=2, attention=_ATTENTION, ffn=_DENSE, moe=_MOE, context=32)
+    shared = _MOE.replace(shared=Gated(width=8))
+    windowed = Block(mixer=_ATTENTION.replace(window=5), ffn=_MOE)
+    whole = Block(mixer=_ATTENTION.replace(positions=None), ffn=shared)
+    dense = Block(mixer=_ATTENTION, ffn=_DENSE)
+    yarn = Rotary(style="interleaved", fraction=0.5, scaling=YaRN(factor=4.0, original_context=8))
+    return {
+        "moe": base,
+        "dense": base.replace(moe=None),
+        "mixed": base.replace(num_layers=3, layout=("dense", "moe", "moe"), num_experts=(3, 6), tied=True),
+        "shared": base.replace(moe=shared, checkpoint=True, embedding_scale=4.0),
+        "windowed": base.replace(attention=_ATTENTION.replace(window=4, qk_norm="full", bias="all")),
+        "yarn": base.replace(attention=_ATTENTION.replace(head_dim=8, qk_norm="head", positions=yarn)),
+        "blocks": base.replace(num_layers=3, blocks=(windowed, dense, whole)),
+    }

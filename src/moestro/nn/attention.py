@@ -1,0 +1,191 @@
+"""Causal grouped-query attention over exact scaled-dot-product kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+from ..core.signals import Signals
+from .cache import KVCache
+from .config import Attention as AttentionConfig
+from .config import RMSNorm as RMSNormConfig
+from .mask import visible
+from .norm import RMSNorm
+
+__all__ = ["Attention"]
+
+Operator = Callable[[Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: `(x, signals, state) -> (y, state)`.
+
+    Shapes: x [B, S, D] -> y [B, S, D]; of the signals, [B*S] each: `valid` (padding is seen by nobody; its own output
+    is finite and means nothing), `position` (default: the place in the row, after what the state holds) and `segment`
+    (tokens see their own sequence only; leave it None where every row is one sequence). state None = nothing is kept;
+    `new_state(capacity)` starts a cache.
+
+    With `operator=True` the call returns a third value, the attention as an operator on the units: v [B*N, C] -> A v
+    [B*S, C], the mean over heads of the attention map times v, where N >= the number of keys held are the last units
+    seen (N = S without a state). It costs one more kernel call when it is called, nothing otherwise.
+    """
+
+    role = "attention"
+    offers_operator = True
+
+    def __init__(self, config: AttentionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.width(dim)
+        self.window = config.window
+        self.scale = config.scale
+        wide, narrow = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        bias = config.bias != "none"
+        self.q = nn.Linear(dim, wide, bias=bias)
+        self.k = nn.Linear(dim, narrow, bias=bias)
+        self.v = nn.Linear(dim, narrow, bias=bias)
+        self.o = nn.Linear(wide, dim, bias=config.bias == "all")
+        norm = RMSNormConfig(eps=config.norm_eps)
+        sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (wide, narrow)
+        self.q_norm = RMSNorm(norm, sizes[0]) if config.qk_norm else None
+        self.k_norm = RMSNorm(norm, sizes[1]) if config.qk_norm else None
+        self.positions = config.positions.build(self.head_dim) if config.positions else None
+
+    @overload
+    def forward(
+        self, x: Tensor, signals: Signals | None = None, state: KVCache | None = None, operator: Literal[False] = False
+    ) -> tuple[Tensor, KVCache | None]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, signals: Signals | None, state: KVCache | None, operator: Literal[True]
+    ) -> tuple[Tensor, KVCache | None, Operator]: ...
+
+    def forward(
+        self, x: Tensor, signals: Signals | None = None, state: KVCache | None = None, operator: bool = False
+    ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
+        B, S, _ = x.shape
+        valid, position, segment = _per_row(signals, B, S)
+        q, k = self.q(x), self.k(x)
+        v = self.v(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        if self.config.qk_norm == "full":
+            q, k = self._normed(q, k)
+        q = q.view(B, S, self.num_heads, self.head_dim)
+        k = k.view(B, S, self.num_kv_heads, self.head_dim)
+        if self.config.qk_norm == "head":
+            q, k = self._normed(q, k)
+        if self.positions is not None:
+            start = 0
+            if position is None and state is not None:
+                after = state.next_position()
+                start = after if isinstance(after, int) else 0
+                if isinstance(after, Tensor):
+                    position = after[:, None] + torch.arange(S, device=x.device)
+            q, k = self.positions(q, k, position, start)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+
+        fresh = state is None or state.length == 0
+        key_valid, key_segment = valid, segment
+        if state is not None:
+            state = state.extend(k, v, valid, segment, self.window)
+            if not fresh:
+                k, v = state.seen()
+                key_valid, key_segment = state.marks()
+        mask, causal = self._mask(S, k.shape[2], key_valid, key_segment, segment, x.device)
+        if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        y = self._attend(q, k, v, mask, causal)
+        y = self.o(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim))
+        if not operator:
+            return y, state
+        return y, state, self._operator(q, k, mask, causal)
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)
+
+    def _mask(
+        self,
+        queries: int,
+        keys: int,
+        valid: Tensor | None,
+        segment: Tensor | None,
+        query_segment: Tensor | None,
+        device: torch.device,
+    ) -> tuple[Tensor | None, bool]:
+        """The mask and whether the kernel's own causal path says the same without one."""
+        plain = valid is None and segment is None
+        if plain and queries == 1:
+            return None, False
+        if plain and queries == keys and (self.window is None or keys <= self.window):
+            return None, True
+        if segment is not None and query_segment is None:
+            query_segment = segment[:, keys - queries :]
+        mask = visible(
+            queries,
+            keys,
+            window=self.window,
+            valid=valid,
+            segment=segment,
+            query_segment=query_segment,
+            device=device,
+        )
+        return mask, False
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+
+    def _operator(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Operator:
+        B, _, S, d = q.shape
+        held = k.shape[2]
+
+        def attend(value: Tensor) -> Tensor:
+            if value.ndim != 2 or value.shape[0] % B or value.shape[0] < B * held:
+                raise UserError(
+                    f"attend takes v [B*N, C] with B {B} sequences and N >= {held} units each, not {list(value.shape)}"
+                )
+            C = value.shape[1]
+            v = value.view(B, -1, C)[:, -held:].to(q.dtype)
+            # The fast kernels want values as wide as queries.
+            v = F.pad(v, (0, -C % d))[:, None].expand(-1, k.shape[1], -1, -1)
+            parts = [self._attend(q, k, part, mask, causal).mean(1) for part in v.split(d, dim=-1)]
+            return torch.cat(parts, dim=-1)[..., :C].reshape(B * S, C).to(value.dtype)
+
+        return attend
+
+    def new_state(self, capacity: int) -> KVCache:
+        """An empty cache for at most `capacity` tokens."""
+        return KVCache(capacity=capacity)
+
+    def extra_flops(self, seq_len: int) -> int:
+        """Forward FLOPs per token of scores and of their product with the values: all pairs, causal or not."""
+        return 4 * self.num_heads * self.head_dim * seq_len
+
+    def extra_backward_flops(self, seq_len: int) -> int:
+        """What a backward pass costs beyond two forward passes: the scores are computed again."""
+        return self.extra_flops(seq_len) // 2
+
+
+def _per_row(signals: Signals | None, B: int, S: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """valid, position and segment as [B, S]."""
+    if signals is None:
+        return None, None, None
+    out: list[Tensor | None] = []
+    for name in ("valid", "position", "segment"):
+        tensor: Tensor | None = getattr(signals, name)
+        if tensor is not None and tensor.numel() != B * S:
+            raise UserError(
+                f"Signals.{name} has {tensor.numel()} entries for {B} x {S} tokens; it is flat, one per token"
+            )
+        out.append(None if tensor is None else tensor.view(B, S))
+    return out[0], out[1], out[2]

@@ -1,0 +1,59 @@
+"""The dense gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.carry import Carry
+from ..core.params import ParamInfo
+from ..core.signals import Signals
+from ..core.trail import Trail
+from .config import FeedForward as FeedForwardConfig
+
+__all__ = ["FeedForward"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class FeedForward(nn.Module):
+    """down(act(gate(x)) * up(x)): `(x, signals, carry) -> (y, carry, trail)`, the trail empty.
+
+    Shapes: x [..., D] -> y [..., D]; gate_up [2F, D], gate rows first; down [D, F]. Source: Shazeer 2020 (SwiGLU).
+    """
+
+    role = "dense"
+
+    def __init__(self, config: FeedForwardConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_up = nn.Parameter(torch.empty(2 * config.width, dim))
+        self.down = nn.Parameter(torch.empty(dim, config.width))
+        self.activation = _ACTIVATIONS[config.activation]
+        for matrix in (self.gate_up, self.down):
+            nn.init.normal_(matrix, std=0.02)
+
+    def forward(
+        self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
+    ) -> tuple[Tensor, Carry, Trail]:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        y = F.linear(self.activation(gate) * up, self.down)
+        return y, Carry() if carry is None else carry, Trail()
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        return {
+            "gate_up": ParamInfo(role="dense", matrix_axes=(0, 1), parts=("gate", "up")),
+            "down": ParamInfo(role="dense", matrix_axes=(0, 1)),
+        }
+
+    def extra_flops(self, seq_len: int) -> int:
+        return 2 * (self.gate_up.numel() + self.down.numel())

@@ -1,0 +1,35 @@
+"""Root-mean-square norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.params import ParamInfo
+from .config import RMSNorm as RMSNormConfig
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32 (fp64 for fp64), in the dtype of x at the end.
+
+    Shapes: x [..., D] -> [..., D]. Source: Zhang and Sennrich 2019, eq. 4.
+    """
+
+    role = "norm"
+
+    def __init__(self, config: RMSNormConfig, dim: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        return {"weight": ParamInfo(role="norm", decay=False, ones=True)}

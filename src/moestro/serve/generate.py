@@ -1,0 +1,245 @@
+"""Text generation: one pass over the prompts, then one token at a time from cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, Protocol, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..core.carry import Carry
+from ..core.errors import UserError
+from ..core.signals import Signals
+from ..core.trail import Trail
+from .sampling import choose
+
+__all__ = ["Generated", "generate"]
+
+Ids = Tensor | Sequence[int]
+
+
+class _Model(Protocol):
+    """What generation needs of a model; `models.decoder.Decoder` is one."""
+
+    def __call__(self, tokens: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]: ...
+
+    def new_cache(self, capacity: int | None = None) -> Carry: ...
+
+
+class Generated(NamedTuple):
+    """tokens: [N] int64, the new tokens without the prompt and without what stopped them.
+
+    reason: why it ended: "stop" a stop token or sequence, "length" max_new_tokens, "context" the context is full.
+    """
+
+    tokens: Tensor
+    reason: Literal["stop", "length", "context"]
+
+
+@overload
+def generate(
+    model: nn.Module,
+    prompt: Ids,
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_p: float = ...,
+    top_k: int | None = ...,
+    seed: int = ...,
+    stop: Sequence[int | Sequence[int]] = ...,
+    stream: Callable[[int, int], None] | None = ...,
+) -> Generated: ...
+
+
+@overload
+def generate(
+    model: nn.Module,
+    prompt: Sequence[Ids],
+    max_new_tokens: int = ...,
+    *,
+    temperature: float = ...,
+    top_p: float = ...,
+    top_k: int | None = ...,
+    seed: int | Sequence[int] = ...,
+    stop: Sequence[int | Sequence[int]] = ...,
+    stream: Callable[[int, int], None] | None = ...,
+) -> list[Generated]: ...
+
+
+def generate(
+    model: nn.Module,
+    prompt: Ids | Sequence[Ids],
+    max_new_tokens: int = 128,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    seed: int | Sequence[int] = 0,
+    stop: Sequence[int | Sequence[int]] = (),
+    stream: Callable[[int, int], None] | None = None,
+) -> Generated | list[Generated]:
+    """Continue a prompt, token ids [S], or several of different lengths (padded on the left, padding is never seen).
+
+    temperature 0 takes the most probable token (ties: the lower id); otherwise tokens are drawn from softmax(logits /
+    temperature), cut to the top_k most probable and to the fewest that hold top_p of the probability. A draw is a hash
+    of (seed, position): it depends neither on the batch nor on what was drawn before. Give one seed per prompt for
+    several samples of the same prompt. stop: token ids, or sequences of ids; they are not part of the result.
+    stream: called with (number of the prompt, token) as soon as a token is certain to be part of the result.
+
+    Generation ends when the context is full: positions beyond it were never trained. Raises `UserError` for an empty
+    prompt, a prompt longer than the context, ids outside the vocabulary and impossible sampling settings.
+    """
+    single, prompts = _read_prompts(prompt)
+    config = model.config
+    context, vocab = int(config.context), int(config.vocab_size)  # type: ignore[union-attr, arg-type]
+    _check(prompts, context, vocab, max_new_tokens)
+    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(prompts):
+        raise UserError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
+    rows = [_Row(i, len(p), _sequences(stop), stream) for i, p in enumerate(prompts)]
+    limits = [min(max_new_tokens, context - len(p)) for p in prompts]
+    with _evaluating(model), torch.no_grad():
+        _decode(model, prompts, rows, limits, max_new_tokens, seeds, (temperature, top_p, top_k))  # type: ignore[arg-type]
+    done = [row.result() for row in rows]
+    return done[0] if single else done
+
+
+def _decode(
+    model: _Model,
+    prompts: list[Tensor],
+    rows: list[_Row],
+    limits: list[int],
+    wanted: int,
+    seeds: list[int],
+    sampling: tuple[float, float, int | None],
+) -> None:
+    device = next(model.parameters()).device  # type: ignore[attr-defined]
+    for row, limit in zip(rows, limits):
+        row.end_if(limit <= 0, "length" if wanted <= 0 else "context")
+    longest = max(len(p) for p in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for i, p in enumerate(prompts):
+        tokens[i, longest - len(p) :] = p
+    tokens = tokens.to(device)
+    length = torch.tensor([len(p) for p in prompts], device=device)
+    seed = torch.tensor(seeds, device=device)
+    padded = len(prompts) > 1
+    place = torch.arange(longest, device=device) - (longest - length)[:, None]  # [B, S], negative = padding
+    carry = model.new_cache(longest + max(0, *limits))
+    for step in range(max(limits)):
+        if all(row.reason for row in rows):
+            break
+        position = place.clamp_min(0)
+        signals = Signals(
+            valid=(place >= 0).reshape(-1) if padded else None,
+            position=position.reshape(-1) if padded else None,
+            unit_id=(seed[:, None] << 32 | position).reshape(-1),
+        )
+        logits, carry, _ = model(tokens, signals, carry)
+        if not bool(torch.isfinite(logits[:, -1]).all()):
+            raise UserError("generate: the model's logits are not finite; its weights are damaged or training diverged")
+        place = place[:, -1:] + 1
+        new = choose(logits[:, -1], seed, place[:, 0], *sampling)
+        tokens = new[:, None]
+        for row, token, limit in zip(rows, new.tolist(), limits):
+            row.add(token)
+            row.end_if(step + 1 >= limit, "length" if limit == wanted else "context")
+
+
+class _Row:
+    """One prompt's new tokens. Tokens that may turn out to be the start of a stop sequence are held back."""
+
+    def __init__(
+        self, number: int, prompt: int, stops: list[tuple[int, ...]], stream: Callable[[int, int], None] | None
+    ) -> None:
+        self.number, self.prompt, self.stops, self.stream = number, prompt, stops, stream
+        self.tokens: list[int] = []
+        self.shown = 0
+        self.reason: Literal["", "stop", "length", "context"] = ""
+
+    def add(self, token: int) -> None:
+        if self.reason:
+            return
+        self.tokens.append(token)
+        for stop in self.stops:
+            if tuple(self.tokens[-len(stop) :]) == stop:
+                del self.tokens[-len(stop) :]
+                self.reason = "stop"
+                break
+        self._show(0 if self.reason else self._held())
+
+    def end_if(self, over: bool, reason: Literal["length", "context"]) -> None:
+        if over and not self.reason:
+            self.reason = reason
+            self._show(0)
+
+    def result(self) -> Generated:
+        return Generated(torch.tensor(self.tokens, dtype=torch.int64), self.reason or "length")
+
+    def _held(self) -> int:
+        """How many of the last tokens are the beginning of a stop sequence."""
+        most = 0
+        for stop in self.stops:
+            for n in range(min(len(stop) - 1, len(self.tokens)), most, -1):
+                if tuple(self.tokens[-n:]) == stop[:n]:
+                    most = n
+                    break
+        return most
+
+    def _show(self, held: int) -> None:
+        upto = len(self.tokens) - held
+        if self.stream is not None:
+            for token in self.tokens[self.shown : upto]:
+                self.stream(self.number, token)
+        self.shown = max(self.shown, upto)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _read_prompts(prompt: Ids | Sequence[Ids]) -> tuple[bool, list[Tensor]]:
+    if isinstance(prompt, Tensor):
+        if prompt.ndim == 1:
+            return True, [prompt.to("cpu", torch.int64)]
+        if prompt.ndim == 2:
+            return False, [p.to("cpu", torch.int64) for p in prompt]
+        raise UserError(f"generate: a prompt is [S] token ids, not {list(prompt.shape)}")
+    if not len(prompt) or isinstance(prompt[0], int):
+        return True, [torch.tensor(prompt, dtype=torch.int64)]
+    return False, [torch.as_tensor(p, dtype=torch.int64, device="cpu") for p in prompt]
+
+
+def _sequences(stop: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    made = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
+    if not all(made):
+        raise UserError("generate: an empty stop sequence would stop at once; leave it out")
+    return made
+
+
+def _check(prompts: list[Tensor], context: int, vocab: int, max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise UserError(f"generate: max_new_tokens must not be negative, found {max_new_tokens}")
+    for i, p in enumerate(prompts):
+        where = f"prompt {i}" if len(prompts) > 1 else "the prompt"
+        if not len(p):
+            raise UserError(f"generate: {where} is empty; give at least one token")
+        if len(p) > context:
+            raise UserError(
+                f"generate: {where} has {len(p)} tokens, the model's context is {context}; "
+                f"shorten it to its last {context} tokens"
+            )
+        low, high = int(p.min()), int(p.max())
+        if low < 0 or high >= vocab:
+            raise UserError(
+                f"generate: {where} has the token {low if low < 0 else high}, the vocabulary is 0..{vocab - 1}"
+            )
