@@ -9,13 +9,17 @@ from torch import Tensor
 
 from ..precision import autocast_off, autocast_to
 from .activations import activation_named
-from .shapes import blocks, check_gated
+from .shapes import Groups, blocks, check_gated
 
 __all__ = ["gated_mlp"]
 
 
 class _Gated(torch.autograd.Function):
-    """Hidden values are kept transposed, [2F, rows of e], so that gate and up halves are contiguous."""
+    """One pass over the experts, so that an expert's hidden values stay in cache between its products.
+
+    They are kept transposed, [2F, n] for n rows: the halves of gate and up are then contiguous. All pre-activations
+    share one flat buffer, the only thing saved besides the inputs; the activation is computed again.
+    """
 
     @staticmethod
     def forward(
@@ -27,58 +31,60 @@ class _Gated(torch.autograd.Function):
         activation: str,
         widths: tuple[int, ...] | None,
     ) -> Tensor:
-        bounds = offsets.tolist()
         act = activation_named(activation)
+        ctx.groups = Groups(offsets, rows.shape[0])
+        firsts, seconds = blocks(gate_up, down, widths)
+        sizes = [2 * w.shape[0] * n for w, n in zip(seconds, ctx.groups.counts)]
+        hidden = rows.new_empty(sum(sizes))
+        scratch = rows.new_empty(max(sizes, default=0) // 2)
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        hidden: list[Tensor] = []
         with autocast_off(rows.device):
-            for e, (first, second) in enumerate(zip(*blocks(gate_up, down, widths))):
-                start, stop = bounds[e], bounds[e + 1]
-                if start == stop:
+            for x, y, first, second, flat in zip(
+                ctx.groups.split(rows), ctx.groups.split(out), firsts, seconds, hidden.split(sizes)
+            ):
+                F, n = second.shape[0], x.shape[0]
+                if n == 0:
                     continue
-                both = torch.mm(first, rows[start:stop].t())
-                gate, up = both.chunk(2)
-                h = torch.empty_like(gate)
-                act.forward(gate, out=h)
-                h.mul_(up)
-                torch.mm(h.t(), second, out=out[start:stop])
-                hidden.append(both)
-        out[bounds[-1] :].zero_()
-        ctx.save_for_backward(rows, gate_up, down, *hidden)
-        ctx.bounds, ctx.activation, ctx.widths = bounds, act, widths
+                both = flat.view(2 * F, n)
+                torch.mm(first, x.t(), out=both)
+                h = scratch[: F * n].view(F, n)
+                act.forward(both[:F], h)
+                torch.mm(h.mul_(both[F:]).t(), second, out=y)
+        ctx.groups.tail(out).zero_()
+        ctx.save_for_backward(rows, gate_up, down, hidden)
+        ctx.activation, ctx.widths, ctx.sizes = act, widths, sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, down, *hidden = ctx.saved_tensors
-        bounds, act, widths = ctx.bounds, ctx.activation, ctx.widths
-        grad = grads[0].contiguous()
+        rows, gate_up, down, hidden = ctx.saved_tensors
+        act, groups, sizes = ctx.activation, ctx.groups, ctx.sizes
+        grad = grads[0].contiguous()  # it may be expanded
         d_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        d_rows[bounds[-1] :].zero_()
-        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
-        saved = iter(hidden)
-        both_blocks = zip(*blocks(gate_up, down, widths), *blocks(d_gate_up, d_down, widths))
+        d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+        d_down = torch.empty_like(down, memory_format=torch.contiguous_format)
+        most = max(sizes, default=0) // 2
+        h_buffer, d_h_buffer, d_buffer = rows.new_empty(most), rows.new_empty(most), rows.new_empty(2 * most)
+        matrices = zip(*blocks(gate_up, down, ctx.widths), *blocks(d_gate_up, d_down, ctx.widths))
+        values = zip(groups.split(rows), groups.split(grad), groups.split(d_rows), hidden.split(sizes))
         with autocast_off(rows.device):
-            for e, (first, second, d_first, d_second) in enumerate(both_blocks):
-                start, stop = bounds[e], bounds[e + 1]
-                if start == stop:
+            for (first, second, d_first, d_second), (x, g, d_x, flat) in zip(matrices, values):
+                F, n = second.shape[0], x.shape[0]
+                if n == 0:
                     d_first.zero_()
                     d_second.zero_()
                     continue
-                x, g = rows[start:stop], grad[start:stop]
-                gate, up = next(saved).chunk(2)
-                d_both = rows.new_empty(2 * gate.shape[0], stop - start)
-                d_gate, d_up = d_both.chunk(2)
-                h = torch.empty_like(gate)
-                d_h = torch.mm(second, g.t())
-                act.forward(gate, out=h)
-                torch.mul(d_h, h, out=d_up)
-                h.mul_(up)
-                torch.mm(h, g, out=d_second)
-                d_h.mul_(up)
-                act.backward(d_h, gate, out=d_gate)
-                torch.mm(d_both.t(), first, out=d_rows[start:stop])
+                both, d_both = flat.view(2 * F, n), d_buffer[: 2 * F * n].view(2 * F, n)
+                gate, up = both[:F], both[F:]
+                h, d_h = h_buffer[: F * n].view(F, n), d_h_buffer[: F * n].view(F, n)
+                torch.mm(second, g.t(), out=d_h)
+                act.forward(gate, h)
+                torch.mul(d_h, h, out=d_both[F:])
+                torch.mm(h.mul_(up), g, out=d_second)
+                act.backward(d_h.mul_(up), gate, d_both[:F])
+                torch.mm(d_both.t(), first, out=d_x)
                 torch.mm(d_both, x, out=d_first)
+        groups.tail(d_rows).zero_()
         return d_rows, d_gate_up, d_down, None, None, None
 
 

@@ -6,7 +6,25 @@ from torch import Tensor
 
 from ...core.errors import UserError
 
-__all__ = ["blocks", "check_gated", "check_mlp"]
+__all__ = ["Groups", "blocks", "check_gated", "check_mlp"]
+
+
+class Groups:
+    """Where each expert's rows lie: read from the device once, then plain numbers."""
+
+    def __init__(self, offsets: Tensor, rows: int) -> None:
+        bounds = offsets.tolist()
+        self.counts = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        self.end = bounds[-1]
+        self._sizes = [*self.counts, rows - self.end]
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """[R, *] -> one view per expert."""
+        return rows.split(self._sizes)[:-1]
+
+    def tail(self, rows: Tensor) -> Tensor:
+        """The rows after the last expert's, which belong to nobody."""
+        return rows[self.end :]
 
 
 def blocks(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...core.plan import AnyPlan, ExpertChoice, Plan
 from ...core.rows import Rows
+from . import host
 
 __all__ = ["rows"]
 
@@ -60,8 +61,9 @@ def _offsets(expert: Tensor, num_experts: int) -> Tensor:
 def _choices(expert: Tensor, kept: Tensor | None, valid: Tensor | None, num_experts: int, complete: bool) -> Tables:
     T, K = expert.shape
     flat = expert.reshape(-1)
+    narrow = torch.int16 if num_experts < 2**15 else torch.int32  # fewer passes of a radix sort
     if complete:
-        source = torch.sort(flat, stable=True).indices
+        source = torch.sort(flat.to(narrow), stable=True).indices
         R = T * K
     else:
         rows = (expert >= 0) & (expert < num_experts)
@@ -69,20 +71,14 @@ def _choices(expert: Tensor, kept: Tensor | None, valid: Tensor | None, num_expe
             rows &= kept
         if valid is not None:
             rows &= valid[:, None]
-        order = torch.sort(torch.where(rows.reshape(-1), flat, num_experts), stable=True).indices
+        key = torch.where(rows.reshape(-1), flat, num_experts).to(narrow)
         R = int(rows.sum())
-        source = order[:R]
+        source = torch.sort(key, stable=True).indices[:R].clone()
     sorted_expert = flat.index_select(0, source)
     inverse = torch.full((T * K,), -1, dtype=torch.int64, device=expert.device)
     inverse[source] = torch.arange(R, device=expert.device)
-    return (
-        source // K if K else source.clone(),
-        source % K if K else source.clone(),
-        sorted_expert,
-        _offsets(sorted_expert, num_experts),
-        inverse.view(T, K),
-        source.clone() if source._base is not None else source,
-    )
+    unit = source // max(K, 1)
+    return unit, source - unit * K, sorted_expert, _offsets(sorted_expert, num_experts), inverse.view(T, K), source
 
 
 def _units(unit: Tensor, valid: Tensor | None, num_units: int) -> Tables:
@@ -90,8 +86,8 @@ def _units(unit: Tensor, valid: Tensor | None, num_units: int) -> Tables:
     rows = unit >= 0
     if valid is not None and valid.numel():
         rows &= valid[unit.clamp_min(0)]
-    _, expert, _ = found = rows.nonzero(as_tuple=True)
-    source = (found[0] * E + expert) * unit.shape[2] + found[2]
+    group, expert, place = found = rows.nonzero(as_tuple=True)
+    source = (group * E + expert) * unit.shape[2] + place
     chosen = unit[found]
     order = torch.sort(expert * num_units + chosen, stable=True).indices
     chosen, expert, source = chosen[order], expert[order], source[order]
@@ -120,6 +116,7 @@ def _all(weight: Tensor, valid: Tensor | None) -> Tables:
     return unit, expert.clone(), expert, offsets, inverse, unit * E + expert
 
 
+_LIBRARY.impl("rows_of_choices", host.choices, "CPU")
 _LIBRARY.impl("rows_of_choices", _choices, "CompositeExplicitAutograd")
 _LIBRARY.impl("rows_of_units", _units, "CompositeExplicitAutograd")
 _LIBRARY.impl("rows_of_all", _all, "CompositeExplicitAutograd")
