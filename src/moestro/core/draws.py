@@ -8,7 +8,6 @@ come out of CPU, GPU and compiled code.
 from __future__ import annotations
 
 import math
-import zlib
 
 import torch
 from torch import Tensor
@@ -29,9 +28,17 @@ def _mix(h):  # type: ignore[no-untyped-def]
     return h ^ (h >> 16)
 
 
+def _name(text: str) -> int:
+    """32-bit FNV-1a hash of a name, in integer arithmetic that torch.compile can trace (it cannot trace zlib)."""
+    h = 0x811C9DC5
+    for byte in text.encode():
+        h = ((h ^ byte) * 0x01000193) & _MASK
+    return h
+
+
 def fold(seed: Tensor | int, what: str | int) -> Tensor | int:
     """A new 62-bit seed from a seed and a name or number. Plain integers stay plain integers."""
-    word = zlib.crc32(what.encode()) if isinstance(what, str) else int(what)
+    word = _name(what) if isinstance(what, str) else int(what)
     low, high = seed & _MASK, (seed >> 32) & 0x3FFFFFFF
     low2 = _mix(low ^ _mix(word & _MASK))
     high2 = _mix(high ^ low2 ^ _mix((word >> 32) & _MASK)) & 0x3FFFFFFF
