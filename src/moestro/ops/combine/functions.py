@@ -19,7 +19,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.shape = x.shape
-        return x.reshape(x.shape[0], -1).index_select(0, unit).view(unit.shape[0], *x.shape[1:])
+        return x.reshape(x.shape[0], x.shape[1:].numel()).index_select(0, unit).view(unit.shape[0], *x.shape[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
