@@ -40,21 +40,26 @@ class Stacked(nn.Module):
     def param_info(self) -> dict[str, ParamInfo]:
         return {"weight": ParamInfo(role="expert", expert_axis=0, matrix_axes=(1, 2))}
 
-    def order(self, index: Rows) -> list[int]:
-        return list(range(index.num_experts))
+    def forward(self, rows: Tensor, index: Rows, context=None, weights=None) -> Tensor:
+        weight = self.weight if weights is None else weights["weight"]
+        matrices = weight.unbind(0)
+        parts = rows.split((index.offsets[1:] - index.offsets[:-1]).tolist())
+        return torch.cat([p @ m for p, m in zip(parts, matrices)])
+
+
+class TakesAnothers(Stacked):
+    """Gradients are handed out by who had rows: with an idle expert, everybody behind it gets another's."""
 
     def forward(self, rows: Tensor, index: Rows, context=None, weights=None) -> Tensor:
         weight = self.weight if weights is None else weights["weight"]
         matrices = weight.unbind(0)
         parts = rows.split((index.offsets[1:] - index.offsets[:-1]).tolist())
-        return torch.cat([p @ matrices[e] for p, e in zip(parts, self.order(index))])
-
-
-class TakesAnothers(Stacked):
-    """Experts are numbered by who has rows: with an idle expert, everybody behind it uses the wrong weights."""
-
-    def order(self, index: Rows) -> list[int]:
-        count = index.offsets[1:] - index.offsets[:-1]
-        busy = [e for e in range(index.num_experts) if count[e]]
+        busy = [e for e, part in enumerate(parts) if len(part)]
         seat = {e: i for i, e in enumerate(busy)}
-        return [seat.get(e, 0) for e in range(index.num_experts)]
+        out = rows * 0 + 0 * weight.sum()
+        for e, part in enumerate(parts):
+            taken = matrices[seat.get(e, 0)]
+            value = part @ (taken + (matrices[e] - taken).detach())
+            start = int(index.offsets[e])
+            out = torch.cat([out[:start], value, out[start + len(part) :]])
+        return out

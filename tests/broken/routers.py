@@ -74,8 +74,7 @@ class LowPrecision(Naive):
 
 
 class LooksAhead(Naive):
-    """Scores centred over the batch: a later token moves earlier choices."""
+    """Choices balanced over the batch: a later token moves earlier ones."""
 
-    def logits(self, x: Tensor) -> Tensor:
-        logits = super().logits(x)
-        return logits - 2 * logits.mean(0)
+    def decide(self, probs: Tensor, valid: Tensor) -> Tensor:
+        return super().decide(probs - 2 * probs[valid].mean(0), valid)

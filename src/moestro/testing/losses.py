@@ -42,6 +42,10 @@ def scored_plan(
     return plan.check(), logits
 
 
+def _number(value: Tensor) -> float:
+    return float(value.detach())
+
+
 def _rows(plan: Plan, part: slice) -> Plan:
     cut: dict[str, Any] = {
         n: getattr(plan, n)[part]
@@ -69,7 +73,7 @@ def check_loss(loss: Any, tensors: Mapping[str, Tensor] | None = None, *, needs_
         if not bool(gradient.abs().sum() > 0):
             raise AssertionError(f"{loss.name}: the gradient is zero; the loss is constant for the router")
     other, _ = scored_plan(seed=1)
-    if float(loss(other, **tensors)) == float(value):
+    if _number(loss(other, **tensors)) == _number(value):
         raise AssertionError(f"{loss.name}: two different plans have exactly the same value")
     _check_additive(loss, plan, logits, tensors, value)
     _check_blind_to_padding(loss, tensors)
@@ -81,14 +85,14 @@ def _check_additive(loss: Any, plan: Plan, logits: Tensor, tensors: dict[str, Te
         parts.append(loss.stats(_rows(plan, cut), **{n: t[cut] for n, t in tensors.items()}))
     total = parts[0] + parts[1]
     pooled = loss.value(total)
-    if abs(float(pooled - value)) > 1e-9 * max(1.0, abs(float(value))):
-        raise AssertionError(f"{loss.name}: the sum of two halves gives {float(pooled)}, the whole {float(value)}")
+    if abs(_number(pooled - value)) > 1e-9 * max(1.0, abs(_number(value))):
+        raise AssertionError(f"{loss.name}: the sum of two halves gives {_number(pooled)}, the whole {_number(value)}")
     if value.requires_grad:
         (want,) = torch.autograd.grad(value, logits, retain_graph=True)
         got = torch.zeros_like(want)
         for part in parts:
             got += torch.autograd.grad(loss.value(part.within(total)), logits, retain_graph=True)[0]
-        if float((got - want).norm()) > 1e-9 * float(want.norm()):
+        if float((got - want).norm()) > 1e-9 * _number(want.norm()):
             raise AssertionError(f"{loss.name}: gradients of the parts do not add up to the gradient of the whole")
 
 
@@ -107,8 +111,8 @@ def _check_blind_to_padding(loss: Any, tensors: dict[str, Tensor]) -> None:
     b = loss(loud, **tensors)
     c = loss(short, **{n: t[:18] for n, t in tensors.items()})
     for other, what in ((b, "the content of padding"), (c, "the presence of padding")):
-        if abs(float(a - other)) > 1e-9 * max(1.0, abs(float(a))):
-            raise AssertionError(f"{loss.name}: {what} changes the value from {float(other)} to {float(a)}")
+        if abs(_number(a - other)) > 1e-9 * max(1.0, abs(_number(a))):
+            raise AssertionError(f"{loss.name}: {what} changes the value from {_number(other)} to {_number(a)}")
 
 
 def check_total(total: Callable[[list[Plan]], Tensor], collapsed: float) -> None:
@@ -129,7 +133,7 @@ def check_total(total: Callable[[list[Plan]], Tensor], collapsed: float) -> None
                 complete=True,
             )
         )
-    got = float(total(plans))
+    got = _number(total(plans))
     if abs(got - 2 * collapsed) > 1e-6:
         raise AssertionError(
             f"two layers collapsed onto different experts give {got:.4g}, not {2 * collapsed:.4g}: layers were pooled"

@@ -14,6 +14,7 @@ from ..core.errors import RecomputationError
 from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan, demand
 from ..core.signals import Signals
 from ..ops.choice import checkpoint
+from .compare import relative_error
 
 __all__ = ["check_router", "signals_for"]
 
@@ -71,36 +72,37 @@ def _fresh(make: Callable[[], nn.Module]) -> nn.Module:
     return router
 
 
-def _input(T: int, dim: int) -> Tensor:
-    return torch.randn(T, dim, generator=torch.Generator().manual_seed(2))
+def _input(T: int, dim: int, seed: int = 2) -> Tensor:
+    return torch.randn(T, dim, generator=torch.Generator().manual_seed(seed))
 
 
 def _plan(router: nn.Module, x: Tensor, signals: Signals, carry: Carry | None = None) -> AnyPlan:
     return router(x, signals, carry or Carry())[0]
 
 
-def _table(plan: AnyPlan) -> Tensor:
-    """[T, E] fp: the combine weight of each unit at each real expert, and 1e-9 where chosen with weight 0."""
+def _tables(plan: AnyPlan) -> tuple[Tensor, Tensor]:
+    """[T, E] bool: who goes where; [T, E] float64: with which weight."""
     T = plan.num_units if isinstance(plan, ExpertChoice) else plan.weight.shape[0]
-    out = torch.zeros(T, plan.num_experts, dtype=torch.float64)
+    routed, weight = plan.routed(), plan.weight.detach().double()
     if isinstance(plan, Dense):
-        return plan.weight.detach().double()
-    routed = plan.routed()
+        return routed, weight
     if isinstance(plan, Plan):
         unit = torch.arange(T)[:, None].expand_as(plan.expert)[routed]
         expert = plan.expert[routed]
     else:
         unit = plan.unit[routed]
         expert = torch.arange(plan.num_experts)[None, :, None].expand_as(plan.unit)[routed]
-    out.index_put_((unit, expert), plan.weight.detach()[routed].double() + 1e-9, accumulate=True)
-    return out
+    chosen = torch.zeros(T, plan.num_experts, dtype=torch.bool)
+    chosen[unit, expert] = True
+    weights = torch.zeros(T, plan.num_experts, dtype=torch.float64)
+    return chosen, weights.index_put_((unit, expert), weight[routed], accumulate=True)
 
 
 def _same(a: AnyPlan, b: AnyPlan, what: str, units: Tensor | None = None) -> None:
-    ta, tb = _table(a), _table(b)
+    (chosen_a, ta), (chosen_b, tb) = _tables(a), _tables(b)
     if units is not None:
-        ta, tb = ta[units], tb[units]
-    differing = ((ta > 0) != (tb > 0)).any(dim=1)
+        chosen_a, chosen_b, ta, tb = chosen_a[units], chosen_b[units], ta[units], tb[units]
+    differing = (chosen_a != chosen_b).any(dim=1)
     if bool(differing.any()):
         raise AssertionError(f"{what}: {int(differing.sum())} units chose other experts")
     worst = float((ta - tb).abs().max()) if ta.numel() else 0.0
@@ -128,7 +130,7 @@ def _check_padding(router: nn.Module, x: Tensor, batch: int, length: int) -> Non
     assert signals.valid is not None
     plan = _plan(router, x, signals)
     plan.check()
-    routed = _table(plan) > 0
+    routed, _ = _tables(plan)
     if bool(routed[~signals.valid].any()):
         raise AssertionError("padding: an invalid unit was routed")
     loud = torch.where(signals.valid[:, None], x, torch.full_like(x, 50.0))
@@ -151,7 +153,7 @@ def _check_precision(router: nn.Module, x: Tensor, signals: Signals) -> None:
         return
     if plan.logits.dtype != torch.float32:
         raise AssertionError(f"precision: logits are {plan.logits.dtype} for a bf16 model, not fp32")
-    error = float((plan.logits.double() - want.logits).norm() / want.logits.norm().clamp_min(1e-30))
+    error = relative_error(plan.logits, want.logits)
     if not error < 1e-5:
         raise AssertionError(f"precision: logits of a bf16 model are off by {error:.1e} relative to float64")
 
@@ -175,11 +177,11 @@ def check_causal(router: nn.Module, x: Tensor, signals: Signals, length: int) ->
 def _check_recomputation(router: nn.Module, x: Tensor, signals: Signals) -> None:
     """Under `moestro.checkpoint` the decision is read back even if the recomputed input differs; elsewhere an error."""
     seen: list[Tensor] = []
+    noise = [torch.zeros_like(x), *(3 * _input(*x.shape, seed=s) for s in (8, 9))]
 
     def layer(x: Tensor) -> Tensor:
-        noise = 0.0 if not seen else torch.randn(x.shape, generator=torch.Generator().manual_seed(len(seen))) * 3
-        plan = _plan(router, x + noise, signals)
-        seen.append((_table(plan) > 0).clone())
+        plan = _plan(router, x + noise[len(seen)], signals)
+        seen.append(_tables(plan)[0])
         return (x * plan.weight.sum() + x).square().sum()
 
     if isinstance(_plan(router, x, signals), Dense):
