@@ -137,7 +137,7 @@ def test_every_router_drives_the_layer(name: str) -> None:
 def test_gradient_with_respect_to_the_input_in_float64() -> None:
     layer = build(router=routers.Router(weigh=routers.Raw()), shared=Gated(width=4), merge=GateMerge()).double()
     x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
-    values = [p for p in layer.parameters()]
+    values = list(layer.parameters())
 
     def apply(x: Tensor, *values: Tensor) -> Tensor:
         names = [n for n, _ in layer.named_parameters()]

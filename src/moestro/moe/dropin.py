@@ -14,7 +14,7 @@ from ..core.signals import Signals
 from ..core.trail import Key, Trail
 from ..experts.config import Gated
 from ..ops.choice import in_backward
-from ..routers.config import Router, TopK
+from ..routers.config import Raw, Renormalised, Router, TopK
 from . import config as cfg
 from .carrier import ride
 from .layer import MoELayer
@@ -45,6 +45,7 @@ class MoE(MoELayer):
     `loss_scale`, an attribute: set it to whatever the main loss is multiplied by (1 / micro-batches under
     accumulation, the gradient scaler's factor). In evaluation and under no_grad nothing rides.
 
+    Weights are the probabilities of the chosen experts, divided by their sum where top_k > 1 (Mixtral; Switch).
     width: hidden width of each expert, `default_width(dim)` if not given. config: a whole layer config, in place of
     num_experts, top_k and width. experts: a ready bank. Draws of random routers are functions of `signals.seed`.
     With gradient checkpointing use `moestro.checkpoint`, or its context in a transformers model:
@@ -65,7 +66,7 @@ class MoE(MoELayer):
         if config is None:
             config = cfg.MoELayer(
                 num_experts=num_experts,
-                router=Router(select=TopK(k=top_k)),
+                router=Router(select=TopK(k=top_k), weigh=Raw() if top_k == 1 else Renormalised()),
                 experts=Gated(width=default_width(dim) if width is None else width),
             )
         elif (num_experts, top_k, width) != (8, 2, None):
