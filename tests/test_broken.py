@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from broken import experts, losses, routers
 
+from broken import experts, losses, routers
 from moestro.core.plan import Plan
 from moestro.losses.config import SwitchBalance
 from moestro.testing.experts import check_experts

@@ -6,13 +6,25 @@ import copy
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.carry import Carry, Replay
 from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan
 from ..core.signals import Signals
+from ..experts.gated import GatedBank
+from ..experts.mlp import MLPBank
+from ..experts.modules import ModuleBank
 from ..moe.layer import MoELayer
 
 __all__ = ["choices", "layer_oracle"]
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
 
 
 def choices(plan: AnyPlan) -> list[tuple[int, int, Tensor]]:
@@ -62,6 +74,20 @@ def layer_oracle(layer: MoELayer, x: Tensor, signals: Signals, plan: AnyPlan) ->
 def _expert(layer: MoELayer, e: int, x: Tensor) -> Tensor:
     """Expert e of the layer's bank on one unit [D], from the bank's parameters alone."""
     bank = layer.experts
-    if hasattr(bank, "oracle"):
-        return bank.oracle(e, x)  # type: ignore[operator]
-    raise AssertionError(f"oracle: {type(bank).__name__} has no method oracle(e, x) that says what one expert does")
+    if isinstance(bank, ModuleBank):
+        return list(bank.children())[e](x[None])[0]
+    act = ACTIVATIONS[bank.config.activation]
+    if isinstance(bank, GatedBank):
+        if bank.widths is None:
+            first, down = bank.gate_up.unbind(0)[e], bank.down.unbind(0)[e]
+        else:
+            first = bank.gate_up.split([2 * f for f in bank.widths])[e]
+            down = bank.down.split(list(bank.widths))[e].t()
+        gate, up = (first @ x).chunk(2)
+        return down @ (act(gate) * up)
+    if isinstance(bank, MLPBank):
+        hidden = bank.up.unbind(0)[e] @ x
+        if bank.up_bias is None or bank.down_bias is None:
+            return bank.down.unbind(0)[e] @ act(hidden)
+        return bank.down.unbind(0)[e] @ act(hidden + bank.up_bias.unbind(0)[e]) + bank.down_bias.unbind(0)[e]
+    raise AssertionError(f"oracle: no reference for a bank of type {type(bank).__name__}")
