@@ -12,7 +12,7 @@ from ..core.errors import UserError
 from ..core.params import ParamInfo, describe
 from .config import AdamW
 
-__all__ = ["AdamWOptimiser", "Group"]
+__all__ = ["AdamWOptimizer", "Group"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Group:
     names: tuple[str, ...]
 
 
-class AdamWOptimiser:
+class AdamWOptimizer:
     """torch's fused AdamW on the trainable parameters of a model, grouped by `core.params.describe`."""
 
     def __init__(self, config: AdamW, model: nn.Module) -> None:

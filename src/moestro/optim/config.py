@@ -70,9 +70,11 @@ class WSD(Schedule):
 
 
 @config
-class Optimiser(Config):
+class Optimizer(Config):
     """Base of optimisers: what is built steps a model's parameters and keeps its state as named tensors."""
 
+    lr: float = 4e-3
+    """Peak learning rate."""
     clip: float = 1.0
     """Largest norm of the whole gradient; longer ones are scaled down to it. 0 = no clipping."""
     schedule: Schedule = Cosine()
@@ -84,12 +86,10 @@ class Optimiser(Config):
 
 
 @config
-class AdamW(Optimiser):
+class AdamW(Optimizer):
     """AdamW, with groups of parameters by role."""
 
-    builds: ClassVar[str] = "moestro.optim.adamw:AdamWOptimiser"
-    lr: float = 4e-3
-    """Peak learning rate."""
+    builds: ClassVar[str] = "moestro.optim.adamw:AdamWOptimizer"
     beta1: float = 0.9
     """Decay of the mean of gradients."""
     beta2: float = 0.95

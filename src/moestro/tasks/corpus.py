@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ from ..core.errors import UserError
 from .source import Source, chunks, examine, identity
 from .tokenizer import Bytes, Tokenizer
 
-__all__ = ["Corpus", "cache_folder", "open_corpus", "prepare"]
+__all__ = ["Corpus", "cache_folder", "open_corpus", "prepare", "skipped_line", "writable"]
 
 SCHEMA = 1
 _KINDS = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -58,6 +58,15 @@ def cache_folder(chosen: str = "") -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "moestro" / "corpora"
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be written to a folder, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def prepare(
@@ -185,6 +194,6 @@ class _Hashed:
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
-def skipped_line(skipped: Sequence[tuple[str, int]]) -> str:
+def skipped_line(skipped: Mapping[str, int]) -> str:
     """What was left out, for people: "3 binary, 1 empty"."""
-    return ", ".join(f"{n} {reason}" for reason, n in skipped if n)
+    return ", ".join(f"{n} {reason}" for reason, n in skipped.items() if n)

@@ -1,0 +1,95 @@
+"""The table at the end: a model and its dense twin, at equal steps and at equal training time.
+
+The two arms are trained in turns, from evaluation to evaluation, so that a machine that slows down slows both. Training
+time counts steps only, not evaluations, saves or the other arm's turns. "At equal time" is read off the same two runs:
+each arm's validation curve, linear between its evaluations, at the time when the first of the two was done. The slower
+arm's learning rate has then not yet come down; no second run is made to flatter either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .log import read_rows
+
+__all__ = ["Line", "at_time", "curve", "table"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One arm in the table. Bits per byte on held-out text; None where not evaluated (yet).
+
+    bits_per_byte: after its last step (with two arms: the last step both were evaluated at). best_bits_per_byte: the
+    lowest, at best_step. bits_per_byte_at_time: after `time` seconds of training. seconds: training time of all steps.
+    """
+
+    name: str
+    steps: int
+    params: int
+    active_params: int
+    flops_per_token: int
+    bits_per_byte: float | None
+    best_bits_per_byte: float | None
+    best_step: int | None
+    time: float | None
+    bits_per_byte_at_time: float | None
+    seconds: float
+    tokens_per_second: float | None
+    load_entropy: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def curve(metrics: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run, in order."""
+    return list(read_rows(metrics, "eval"))
+
+
+def at_time(evaluations: Sequence[dict[str, Any]], seconds: float) -> float | None:
+    """Bits per byte after so many seconds of training, linear between evaluations; None outside of them."""
+    before: dict[str, Any] | None = None
+    for row in evaluations:
+        if row["seconds"] >= seconds:
+            if row["seconds"] == seconds:
+                return row["bits_per_byte"]
+            if before is None:
+                return None
+            share = (seconds - before["seconds"]) / (row["seconds"] - before["seconds"])
+            return before["bits_per_byte"] + share * (row["bits_per_byte"] - before["bits_per_byte"])
+        before = row
+    return None
+
+
+def table(arms: Sequence[tuple[dict[str, Any], Path]]) -> list[Line]:
+    """One line per arm: (name, steps, params, active_params, flops_per_token, seconds, tokens) and its metrics."""
+    curves = [curve(path) for _, path in arms]
+    common = set.intersection(*({r["step"] for r in rows} for rows in curves)) if curves else set()
+    last = max(common, default=None)
+    ends = [rows[-1]["seconds"] if rows else None for rows in curves]
+    time = None if None in ends or not ends else min(e for e in ends if e is not None)
+    lines: list[Line] = []
+    for (about, _), rows in zip(arms, curves):
+        final = next((r for r in rows if r["step"] == last), None)
+        best = min(rows, key=lambda r: r["bits_per_byte"], default=None)
+        lines.append(
+            Line(
+                name=about["name"],
+                steps=about["steps"],
+                params=about["params"],
+                active_params=about["active_params"],
+                flops_per_token=about["flops_per_token"],
+                bits_per_byte=final["bits_per_byte"] if final else None,
+                best_bits_per_byte=best["bits_per_byte"] if best else None,
+                best_step=best["step"] if best else None,
+                time=time,
+                bits_per_byte_at_time=None if time is None else at_time(rows, time),
+                seconds=about["seconds"],
+                tokens_per_second=about["tokens"] / about["seconds"] if about["seconds"] else None,
+                load_entropy=final["load_entropy"] if final else None,
+            )
+        )
+    return lines

@@ -1,0 +1,79 @@
+"""Config of a training run. No torch at import: the command line reads its help texts from here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ..core.config import Config, config
+from ..core.errors import UserError
+from ..models.config import Decoder
+from ..optim.config import AdamW, Optimizer
+from ..tasks.config import Corpus, NextToken, Objective, StandardLibrary
+from ..trace.config import Recording
+
+
+@config
+class TrainRun(Config):
+    """A model, the text it learns from, and how."""
+
+    model: Decoder = Decoder()
+    """The model. Its vocabulary is taken from the tokenizer, its seed from the run."""
+    twin: bool = True
+    """Train the dense twin of equal active FLOPs per token beside it, for comparison."""
+    data: Corpus = StandardLibrary()
+    """The text."""
+    objective: Objective = NextToken()
+    """What is learnt."""
+    optimizer: Optimizer = AdamW()
+    """How parameters move."""
+    steps: int = 600
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Sequences per optimiser step, over all ranks and micro-batches."""
+    seq_len: int = 128
+    """Tokens per sequence."""
+    micro_batch: int = 0
+    """Sequences per forward pass on one rank; 0 = the rank's whole share."""
+    balance_over: Literal["batch", "micro_batch"] = "batch"
+    """Where balance losses are taken: over the whole global batch, exactly (with micro-batches, all but one run forward
+    once more, without gradient, to be counted); or inside each micro-batch of each rank, averaged: another, stricter
+    loss, which depends on the number of ranks and micro-batches."""
+    seed: int = 0
+    """Seed of initial values, data order and random draws."""
+    eval_every: int = 0
+    """Steps between evaluations (each also saves); 0 = ten evenly spaced ones."""
+    eval_windows: int = 256
+    """Most held-out sequences per evaluation; always the same ones."""
+    save_every: int = 0
+    """Steps between further saves; 0 = none besides those at evaluations."""
+    starved_after: int = 100
+    """Name experts that got no token for so many steps."""
+    recording: Recording = Recording()
+    """What the routing trace keeps."""
+    report: bool = True
+    """Write report.html at the end."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto = a GPU where there is one. On GPUs, matrix products run in bf16 by autocast."""
+    threads: int = 0
+    """CPU threads; 0 = as torch chooses. Results repeat to the last bit only with the same number."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            *(("steps", 1), ("batch_size", 1), ("seq_len", 1), ("eval_windows", 1), ("starved_after", 1)),
+            *(("micro_batch", 0), ("eval_every", 0), ("save_every", 0), ("threads", 0)),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"TrainRun.{name} must be at least {least}, found {getattr(self, name)}")
+        if self.seq_len > self.model.context:
+            raise UserError(
+                f"TrainRun.seq_len {self.seq_len} is longer than the model's context {self.model.context}; "
+                "shorten it or raise model.context"
+            )
+
+    def borders(self) -> list[int]:
+        """The steps after which the model is evaluated, the last one included."""
+        if self.eval_every:
+            found = list(range(self.eval_every, self.steps, self.eval_every))
+        else:
+            found = sorted({round(self.steps * i / 10) for i in range(1, 10)} - {0, self.steps})
+        return [*found, self.steps]

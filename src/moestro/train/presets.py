@@ -1,0 +1,78 @@
+"""Presets: name -> function that makes a config. The first line of its docstring is what lists show. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.errors import UserError, did_you_mean
+from ..experts.config import Gated
+from ..losses.config import RoutingEntropy, SwitchBalance, ZLoss
+from ..models.config import Decoder
+from ..moe.config import MoELayer
+from ..nn.config import Attention, FeedForward
+from ..optim.config import AdamW
+from ..routers.config import Router, TopK
+from .config import TrainRun
+
+__all__ = ["DEFAULT", "PRESETS", "preset"]
+
+DEFAULT = "stdlib"
+
+
+def _stdlib() -> TrainRun:
+    """Sparse decoder (32 experts, top-2) and its dense twin on Python's standard library, as bytes; two CPU cores."""
+    return TrainRun(
+        model=Decoder(
+            dim=64,
+            num_layers=3,
+            attention=Attention(num_heads=2, num_kv_heads=1, head_dim=32, qk_norm="head"),
+            ffn=FeedForward(width=264),
+            layout=("dense", "moe", "moe"),
+            moe=MoELayer(
+                num_experts=32,
+                router=Router(select=TopK(k=2)),
+                experts=Gated(width=128),
+                losses=(SwitchBalance(coefficient=0.01), ZLoss(coefficient=1e-4), RoutingEntropy(coefficient=0.0)),
+            ),
+            context=256,
+        ),
+        optimizer=AdamW(lr=8e-3),
+        steps=2000,
+        batch_size=16,
+        seq_len=128,
+    )
+
+
+def _tiny() -> TrainRun:
+    """A model of a few thousand parameters, for trying things out in seconds."""
+    return TrainRun(
+        model=Decoder(
+            dim=16,
+            num_layers=2,
+            attention=Attention(num_heads=2, num_kv_heads=1, head_dim=8, qk_norm="head"),
+            ffn=FeedForward(width=32),
+            moe=MoELayer(
+                num_experts=4,
+                router=Router(select=TopK(k=2)),
+                experts=Gated(width=16),
+                losses=(SwitchBalance(coefficient=0.01), RoutingEntropy(coefficient=0.0)),
+            ),
+            context=64,
+        ),
+        optimizer=AdamW(lr=1e-2),
+        steps=60,
+        batch_size=8,
+        seq_len=32,
+        eval_every=20,
+        eval_windows=32,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainRun]] = {"stdlib": _stdlib, "tiny": _tiny}
+
+
+def preset(name: str) -> TrainRun:
+    """The config of a preset. Raises `UserError` for an unknown name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]()
