@@ -106,10 +106,8 @@ def _completed(signals: Signals, x: Tensor, state: Any, attend: Any) -> Signals:
     changes: dict[str, Any] = {} if attend is None else {"attend": attend}
     position = signals.position
     if position is None:
-        place = torch.arange(S, device=x.device)
-        after = state.next_position() if isinstance(state, KVCache) else 0
-        start = after[:, None] if isinstance(after, Tensor) else after
-        position = (place + start).expand(B, S).reshape(-1)
+        start = state.length if isinstance(state, KVCache) else 0
+        position = torch.arange(start, start + S, device=x.device).expand(B, S).reshape(-1)
         changes["position"] = position
     if signals.segment is None or signals.unit_id is None:
         row = torch.arange(B, device=x.device)[:, None].expand(B, S).reshape(-1)

@@ -6,7 +6,7 @@ from ..core.errors import UserError, did_you_mean
 from ..experts.config import Gated
 from ..moe.config import MoELayer
 from ..nn.config import Attention, RMSNorm, Rotary
-from ..routers.config import Renormalised, Router, TopK
+from ..routers.config import Raw, Router, TopK
 from .config import Decoder
 
 __all__ = ["PUBLISHED", "published"]
@@ -47,7 +47,7 @@ def _olmoe_1b_7b() -> Decoder:
         dim=2048,
         num_layers=16,
         attention=Attention(num_heads=16, head_dim=128, qk_norm="full", norm_eps=1e-5),
-        moe=MoELayer(num_experts=64, router=Router(select=TopK(k=8), weigh=Renormalised()), experts=Gated(width=1024)),
+        moe=MoELayer(num_experts=64, router=Router(select=TopK(k=8), weigh=Raw()), experts=Gated(width=1024)),
         norm=RMSNorm(eps=1e-5),
         context=4096,
     )

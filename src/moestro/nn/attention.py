@@ -82,13 +82,7 @@ class Attention(nn.Module):
         if self.config.qk_norm == "head":
             q, k = self._normed(q, k)
         if self.positions is not None:
-            start = 0
-            if position is None and state is not None:
-                after = state.next_position()
-                start = after if isinstance(after, int) else 0
-                if isinstance(after, Tensor):
-                    position = after[:, None] + torch.arange(S, device=x.device)
-            q, k = self.positions(q, k, position, start)
+            q, k = self.positions(q, k, position, 0 if state is None else state.length)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
 
         fresh = state is None or state.length == 0

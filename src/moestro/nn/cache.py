@@ -108,7 +108,3 @@ class KVCache:
     def marks(self) -> tuple[Tensor | None, Tensor | None]:
         """valid and segment of the held tokens, [B, held] each, or None."""
         return tuple(None if t is None else t.narrow(1, 0, self.held) for t in (self.valid, self.segment))  # type: ignore[return-value]
-
-    def next_position(self) -> Tensor | int:
-        """Position of the next token of each sequence: [B] int64 where there is padding, else a number."""
-        return self.length if self.valid is None else self.valid[:, : self.held].sum(1)

@@ -53,7 +53,10 @@ def choose(
         ids = torch.arange(logits.shape[-1], device=logits.device)
         return torch.where(best, ids, logits.shape[-1] - 1).min(dim=-1).values
     probs = distribution(logits, temperature, top_p, top_k)
-    draws = [uniform(fold(int(s), "sample"), p[None], 1, dtype=torch.float64) for s, p in zip(seed.tolist(), position)]
+    draws = torch.empty(len(probs), 1, dtype=torch.float64, device=logits.device)
+    for s in dict.fromkeys(seed.tolist()):
+        mine = seed == s
+        draws[mine] = uniform(fold(s, "sample"), position[mine], 1, dtype=torch.float64)
     reached = probs.cumsum(-1)
-    target = torch.cat(draws) * reached[:, -1:]
+    target = draws * reached[:, -1:]
     return torch.searchsorted(reached, target.contiguous(), right=True)[:, 0].clamp_max(logits.shape[-1] - 1)

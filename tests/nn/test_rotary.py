@@ -1,0 +1,119 @@
+"""Rotary positions against complex multiplication and the formulas of the papers, term by term."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moestro.core.errors import UserError
+from moestro.nn import Rotary, YaRN
+from moestro.nn.rotary import frequencies, rotate
+from moestro.testing.compare import assert_close
+
+
+def by_complex_numbers(x: torch.Tensor, position: torch.Tensor, theta: torch.Tensor, style: str) -> torch.Tensor:
+    """x [B, S, H, d] float64, position [B, S]: pair j of a token at p is turned by p * theta_j."""
+    r = len(theta)
+    pairs = [(2 * j, 2 * j + 1) if style == "interleaved" else (j, j + r) for j in range(r)]
+    out = x.clone()
+    for j, (a, b) in enumerate(pairs):
+        turn = torch.polar(torch.ones_like(position, dtype=torch.float64), position.double() * theta[j])[..., None]
+        z = torch.complex(x[..., a], x[..., b]) * turn
+        out[..., a], out[..., b] = z.real, z.imag
+    return out
+
+
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_rotation_is_a_complex_product(style: str, fraction: float) -> None:
+    x = torch.randn(2, 5, 3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    k = torch.randn(2, 5, 1, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    config = Rotary(style=style, fraction=fraction, base=100.0)  # type: ignore[arg-type]
+    rotary = config.build(12)
+    position = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 3, 7, 30]])
+    width = int(12 * fraction)
+    theta = torch.tensor([100.0 ** (-2 * j / width) for j in range(width // 2)], dtype=torch.float64)
+    got_q, got_k = rotary(x, k, position)
+    assert_close("q", got_q, by_complex_numbers(x, position, theta, style), 1e-6)
+    assert_close("k", got_k, by_complex_numbers(k, position, theta, style), 1e-6)
+    assert_close("default positions", rotary(x, k, None, start=3)[0], rotary(x, k, torch.arange(3, 8).expand(2, 5))[0])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradient_of_the_rotation(interleaved: bool) -> None:
+    x = torch.randn(2, 3, 2, 6, dtype=torch.float64, requires_grad=True)
+    angle = torch.rand(3, 1, 2, dtype=torch.float64)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, angle.cos() * 1.3, angle.sin() * 1.3, interleaved)
+
+    assert torch.autograd.gradcheck(turned, (x,))
+    assert torch.autograd.gradgradcheck(turned, (x,))
+
+
+def test_scores_depend_on_distance_only() -> None:
+    rotary = Rotary(scaling=YaRN(factor=3.0, original_context=16)).build(8)
+    q, k = torch.randn(2, 1, 6, 1, 8, dtype=torch.float64)
+    near = [torch.einsum("bshd,bthd->st", *rotary(q, k, None, start=s)) for s in (0, 40)]
+    assert_close("scores", near[1], near[0], 1e-5)
+
+
+def test_yarn_by_its_formulas() -> None:
+    """Peng et al. 2023: h(theta) = (1 - gamma(r)) theta / s + gamma(r) theta, r = L theta / 2 pi; 0.1 ln s + 1."""
+    s, L, b, width = 8.0, 2048, 10_000.0, 64
+    got, factor = frequencies(Rotary(base=b, scaling=YaRN(factor=s, original_context=L)), width)
+    want = []
+    for j in range(width // 2):
+        theta = b ** (-2 * j / width)
+        turns = L * theta / (2 * math.pi)
+        gamma = min(1.0, max(0.0, (turns - 1) / (32 - 1)))
+        want.append((1 - gamma) * theta / s + gamma * theta)
+    assert_close("frequencies", got, torch.tensor(want, dtype=torch.float64), 1e-12)
+    assert factor == pytest.approx(0.1 * math.log(s) + 1)
+    theta = torch.tensor([b ** (-2 * j / width) for j in range(width // 2)], dtype=torch.float64)
+    assert got[0] == theta[0], "fast dimensions stay"
+    assert got[-1] == theta[-1] / s, "slow ones are interpolated"
+
+
+def test_yarn_as_released() -> None:
+    """The ramp of the authors' code: linear in the dimension index between rounded correction dimensions."""
+    s, L, b, width = 40.0, 4096, 10_000.0, 64
+    got, _ = frequencies(Rotary(base=b, scaling=YaRN(factor=s, original_context=L, as_released=True)), width)
+    low = math.floor(width * math.log(L / (32 * 2 * math.pi)) / (2 * math.log(b)))
+    high = math.ceil(width * math.log(L / (1 * 2 * math.pi)) / (2 * math.log(b)))
+    assert (low, high) == (10, 23)
+    for j in range(width // 2):
+        theta = b ** (-2 * j / width)
+        ramp = min(1.0, max(0.0, (j - low) / (high - low)))
+        assert float(got[j]) == pytest.approx(theta / s * ramp + theta * (1 - ramp), rel=1e-12)
+
+
+def test_the_attention_factor_scales_scores_by_its_square() -> None:
+    q, k = torch.randn(2, 1, 4, 2, 8, dtype=torch.float64)
+    plain = Rotary(scaling=YaRN(factor=4.0, attention_factor=1.0)).build(8)
+    sharp = Rotary(scaling=YaRN(factor=4.0, attention_factor=1.5)).build(8)
+    scores = [torch.einsum("bshd,bthd->hst", *rotary(q, k, None)) for rotary in (plain, sharp)]
+    assert_close("scores", scores[1], 2.25 * scores[0], 1e-6)
+
+
+def test_frequencies_survive_casts_and_the_meta_device() -> None:
+    rotary = Rotary().build(8)
+    want = rotary.frequency.clone()
+    assert torch.equal(rotary.to(torch.bfloat16).frequency, want)
+    assert rotary.frequency.dtype == torch.float32
+    with torch.device("meta"):
+        empty = Rotary().build(8)
+    assert empty.frequency.is_meta
+    assert torch.equal(empty.to_empty(device="cpu").frequency, want)
+    assert not rotary.state_dict()
+
+
+def test_impossible_settings() -> None:
+    with pytest.raises(UserError, match="no even number"):
+        Rotary(fraction=0.5).build(6)
+    with pytest.raises(UserError, match="fraction"):
+        Rotary(fraction=1.5)
+    with pytest.raises(UserError, match="factor"):
+        YaRN(factor=0.5)
