@@ -13,8 +13,10 @@ from moestro.core.carry import Carry, Live
 from moestro.core.errors import UserError
 from moestro.core.plan import AnyPlan, Dense, Plan
 from moestro.core.signals import Signals
+from moestro.core.trail import Key
+from moestro.experts import Gated
 from moestro.losses.config import SwitchBalance
-from moestro.moe import Serial, Whole
+from moestro.moe import MoELayer, Serial, Whole
 from moestro.routers import config as routers
 from moestro.testing.compare import assert_close
 
@@ -181,6 +183,34 @@ def test_serial_refuses_what_it_cannot_do() -> None:
         serial()(units(2, 3, D))
     with pytest.raises(UserError, match="one T"):
         serial()((units(S, D), units(S, D)[:2]))
+
+
+class Routed(nn.Module):
+    """A block in the house's contract, with a routed layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = MoELayer(num_experts=3, experts=Gated(width=4)).build(D)
+
+    def forward(self, x: Tensor) -> Any:
+        y, carry, trail = self.ffn(x)
+        return x + y, carry, trail.under("ffn")
+
+
+def test_trails_from_inside_go_on() -> None:
+    part = Serial(router=routers.Router(weigh=routers.Raw())).build([Routed(), Routed()], D)
+    _, _, trail = part(units(S, D))
+    assert set(trail) == {Key("", 0), Key("blocks.0.ffn", 0), Key("blocks.1.ffn", 0)}
+    for maker in (None, routers.Router()):
+        part = whole([Routed(), Routed()], router=maker)
+        _, _, trail = part(units(S, D), router_input=units(D))
+        assert set(trail) - {Key("", 0)} == {Key("models.0.ffn", 0), Key("models.1.ffn", 0)}
+
+
+def test_a_block_that_returns_something_else_is_refused() -> None:
+    part = Serial(router=routers.Router(weigh=routers.Raw())).build([nn.Linear(D, 3), nn.Linear(D, 3)], D)
+    with pytest.raises(UserError, match="must return what it takes"):
+        part(units(S, D))
 
 
 # Whole models ------------------------------------------------------------------------------------------------------

@@ -279,6 +279,12 @@ def test_plans_that_do_not_fit_are_refused() -> None:
         layer(x, carry=Carry(own={"": Live(dataclasses.replace(plan, num_experts=9))}))
 
 
+@pytest.mark.parametrize("valid", [torch.ones(B, S, dtype=torch.bool), torch.ones(T), torch.ones(T + 1) > 0])
+def test_signals_of_a_wrong_shape_are_refused(valid: Tensor) -> None:
+    with pytest.raises(UserError, match=r"valid must be flat, one bool per unit: \[18\]"):
+        build()(tokens(), Signals(valid=valid))
+
+
 def test_the_router_may_read_another_tensor() -> None:
     layer = build(router_dim=5)
     x, seen = tokens(), torch.randn(B, S, 5)

@@ -40,6 +40,7 @@ class Serial(nn.Module):
     one T, for blocks of several streams; y the same. router_input [T, D] is what the router reads, by default the
     mean of x over the inner axis. context: a tree of tensors [T, ...]; blocks take the running units' part of it as a
     second argument. Source: mixture of blocks (Dense2MoE), depth routing.
+    Blocks return what they take, or (that, carry, trail); trails go on under `blocks.<e>`, carries are dropped.
     Virtual ids and units with owners are not supported (`UserError`).
     """
 
@@ -66,22 +67,28 @@ class Serial(nn.Module):
         carry = Carry() if carry is None else carry
         x = _map(x, lambda t: masked(t, signals.valid))
         plan, carry = _plan(self, x, signals, carry, router_input, "Serial")
+        trail = note(plan, self.losses, signals, self.training, "Serial")
         index, weight = _table(plan)
         for e, block in enumerate(self.blocks):
-            x = self._run(block, x, _units_of(index, e), weight, index, e, context)
-        return x, carry, note(plan, self.losses, signals, self.training, "Serial")
+            x, left = self._run(block, x, _units_of(index, e), weight, index, e, context)
+            trail = trail | left.under(f"blocks.{e}")
+        return x, carry, trail
 
-    def _run(self, block: nn.Module, x: Any, unit: Tensor, weight: Tensor, index: Rows, e: int, context: Any) -> Any:
+    def _run(
+        self, block: nn.Module, x: Any, unit: Tensor, weight: Tensor, index: Rows, e: int, context: Any
+    ) -> tuple[Any, Trail]:
         if unit.shape[0] == 0:
-            return _touch_first(x, block.parameters())
+            return _touch_first(x, block.parameters()), Trail()
         w = _weight_of(index, weight, e)
         before = _map(x, lambda t: t.index_select(0, unit))
-        after = _call(block, before, _map(context, lambda t: t.index_select(0, unit)))
+        after, left = _split(_call(block, before, _map(context, lambda t: t.index_select(0, unit))))
+        if [t.shape for t in _leaves(after)] != [t.shape for t in _leaves(before)]:
+            raise UserError("Serial: a block must return what it takes, in the same shapes, or (that, carry, trail)")
         if self.config.residual == "straight_through":
             w = 1 + (w - w.detach()) / w.detach().clamp_min(torch.finfo(w.dtype).tiny)
         changed = [h + (_broadcast(w, h) * (g - h)).to(h.dtype) for h, g in zip(_leaves(before), _leaves(after))]
         whole = [t.index_copy(0, unit, c) for t, c in zip(_leaves(x), changed, strict=True)]
-        return _like(x, whole)
+        return _like(x, whole), left
 
     def step(self, counts: Tensor) -> None:
         """Move the router's state by the demand of one optimiser step. counts: [E] int64."""
@@ -100,9 +107,10 @@ class Whole(nn.Module):
     is the geometric mean of the models' distributions; in probabilities, y = log of sum of weight * softmax(z_m).
 
     Shapes: x [T, ...] is what the models take (token ids [B, S], say, with a sequence as the unit); each returns
-    logits [T, ..., V], as a tensor, as `.logits` or first in a tuple; y [T, ..., V] fp32 or wider. router_input
-    [T, D] is needed where there is a router. Units that no model was asked for (padding) come out as zeros. A model
-    runs only on the units that chose it. Source: Growing Transformers (logit mean); weights should add up to 1.
+    logits [T, ..., V], as a tensor, as `.logits` or first in a tuple (a trail in (y, carry, trail) goes on under
+    `models.<e>`); y [T, ..., V] fp32 or wider. router_input [T, D] is needed where there is a router. Units that no
+    model was asked for (padding) come out as zeros. A model runs only on the units that chose it; weights should add up
+    to 1. Source: Growing Transformers (mean of logits).
     """
 
     def __init__(self, config: cfg.Whole, models: Iterable[nn.Module], dim: int = 0) -> None:
@@ -132,14 +140,19 @@ class Whole(nn.Module):
     ) -> tuple[Tensor, Carry, Trail]:
         signals = Signals() if signals is None else signals
         carry = Carry() if carry is None else carry
+        parts: list[Part] = []
+        trail = Trail()
         if self.router is None:
-            parts: list[Part] = [(_output(_call(m, x, context)), None, 1 / len(self.models)) for m in self.models]
-            return self._average(parts, _leaves(x)[0].shape[0]), carry, Trail()
+            for e, model in enumerate(self.models):
+                out, left = _output(_call(model, x, context))
+                parts.append((out, None, 1 / len(self.models)))
+                trail = trail | left.under(f"models.{e}")
+            return self._average(parts, _leaves(x)[0].shape[0]), carry, trail
         if router_input is None:
             raise UserError("Whole: the router needs router_input [T, D], one vector per unit")
         plan, carry = _plan(self, x, signals, carry, router_input, "Whole")
         index, weight = _table(plan)
-        parts: list[Part] = []
+        trail = note(plan, self.losses, signals, self.training, "Whole")
         idle: list[Tensor] = []
         for e, model in enumerate(self.models):
             unit = _units_of(index, e)
@@ -150,12 +163,12 @@ class Whole(nn.Module):
             def take(t: Tensor, unit: Tensor = unit) -> Tensor:
                 return t.index_select(0, unit)
 
-            out = _output(_call(model, _map(x, take), _map(context, take)))
+            out, left = _output(_call(model, _map(x, take), _map(context, take)))
             parts.append((out, unit, _weight_of(index, weight, e)))
+            trail = trail | left.under(f"models.{e}")
         if not parts:
             raise UserError("Whole: no unit chose any model; there is nothing to average")
-        y = touch(self._average(parts, _leaves(x)[0].shape[0]), idle)
-        return y, carry, note(plan, self.losses, signals, self.training, "Whole")
+        return touch(self._average(parts, _leaves(x)[0].shape[0]), idle), carry, trail
 
     def _average(self, parts: list[Part], T: int) -> Tensor:
         """The weighted average of (output, its units or all, weight), in the order of the models."""
@@ -228,15 +241,21 @@ def _call(module: nn.Module, x: Any, context: Any) -> Any:
     return module(x) if context is None else module(x, context)
 
 
-def _output(result: Any) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
-    logits = getattr(result, "logits", None)
-    if logits is None and isinstance(result, tuple) and result and isinstance(result[0], Tensor):
-        logits = result[0]
-    if not isinstance(logits, Tensor):
+def _split(result: Any) -> tuple[Any, Trail]:
+    """What a part returned, and the trail if it returned (y, carry, trail)."""
+    if isinstance(result, tuple) and len(result) == 3 and isinstance(result[2], Trail):
+        return result[0], result[2]
+    return result, Trail()
+
+
+def _output(result: Any) -> tuple[Tensor, Trail]:
+    """The logits in what a model returned, and its trail."""
+    found, trail = _split(result)
+    if not isinstance(found, Tensor):
+        found = found[0] if isinstance(found, tuple) and found else getattr(found, "logits", None)
+    if not isinstance(found, Tensor):
         raise UserError(f"Whole: a model returned {type(result).__name__}; expected logits, .logits or (logits, ...)")
-    return logits
+    return found, trail
 
 
 def _map(tree: Any, function: Any) -> Any:

@@ -28,6 +28,11 @@ def masked(x: Tensor, valid: Tensor | None) -> Tensor:
     """x [T, *u] with zeros at padding, whose values (even NaN) then reach neither output nor gradient."""
     if valid is None:
         return x
+    if valid.shape != x.shape[:1] or valid.dtype != torch.bool:
+        raise UserError(
+            f"valid must be flat, one bool per unit: [{x.shape[0]}], not {list(valid.shape)} "
+            f"{str(valid.dtype).removeprefix('torch.')}"
+        )
     return x.masked_fill(~valid.view(-1, *[1] * (x.ndim - 1)), 0)
 
 
