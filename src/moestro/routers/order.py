@@ -13,7 +13,7 @@ _ROUNDS = 4  # up to this many, repeated argmax is the fastest exact way (CPU, E
 def highest(value: Tensor, k: int) -> Tensor:
     """[T, k] int64: indices of the k highest of each row, highest first; equal values (0 and -0 too) by lower index.
 
-    Shapes: value [T, E] fp32 or fp64, k <= E. NaN ranks above everything.
+    Shapes: value [T, E] fp32 or fp64, k <= E. NaN ranks above everything, -inf no higher than any finite number.
     """
     if k > value.shape[1]:
         raise AssertionError(f"{k} of {value.shape[1]}")

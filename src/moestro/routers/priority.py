@@ -160,7 +160,8 @@ def _offers(room: Room, expert: Tensor, rows: Tensor, waiting: Tensor, order: Te
     taken = taken.scatter_add(0, bucket, torch.ones_like(bucket))[:-1].view(G, E, 1)
     place = torch.arange(C, device=expert.device)
     free = (place >= taken) & (place < room.limit.view(G, 1, 1))
-    draw = uniform(seed, torch.arange(G, device=expert.device), E * C)
+    # a draw per (expert, place), so that a wider table, which padding makes, changes none of them
+    draw = uniform(seed, torch.arange(G * E, device=expert.device), C).view(G, E * C)
     shuffled = torch.sort(draw.masked_fill(~free.view(G, E * C), 2.0), dim=1, stable=True).indices
     turn = serve(torch.where(waiting, room.group[:, None], G), order).clamp_max(E * C - 1)
     found = shuffled.div(C, rounding_mode="floor")[room.group[:, None], turn]
