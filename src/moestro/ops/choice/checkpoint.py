@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from .commit import COMMIT
 
@@ -38,7 +38,7 @@ def checkpoint_context() -> tuple[Any, Any]:
 
 def checkpoint(function: Callable[..., R], *args: Any, **kwargs: Any) -> R:
     """Call `function(*args, **kwargs)`, keep its inputs and routing decisions, recompute the rest in backward."""
-    return torch.utils.checkpoint.checkpoint(
+    return torch_checkpoint(
         function,
         *args,
         use_reentrant=False,

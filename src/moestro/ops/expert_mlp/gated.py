@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..grouped import Spec, choose
 from ..precision import autocast_off, autocast_to
 from .activations import activation_named
 from .shapes import Groups, blocks, check_gated
+from .stacked import StackedGated
 
 __all__ = ["gated_mlp"]
 
@@ -106,4 +108,7 @@ def gated_mlp(
     """
     check_gated(rows, gate_up, down, offsets, widths)
     rows, gate_up, down = autocast_to(rows, gate_up, down)
-    return _Gated.apply(rows, gate_up, down, offsets, activation, widths)  # type: ignore[return-value]
+    if rows.device.type == "cpu" or widths is not None:
+        return _Gated.apply(rows, gate_up, down, offsets, activation, widths)  # type: ignore[return-value]
+    backend = choose(Spec.of(rows, gate_up), Spec.of(rows, down))
+    return StackedGated.apply(rows, gate_up, down, offsets, activation, backend)  # type: ignore[return-value]

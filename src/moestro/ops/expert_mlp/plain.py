@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..grouped import Spec, choose
 from ..precision import autocast_off, autocast_to
 from .activations import activation_named
 from .shapes import Groups, blocks, check_mlp
+from .stacked import StackedMlp
 
 __all__ = ["mlp"]
 
@@ -110,4 +112,7 @@ def mlp(
     """
     check_mlp(rows, up, down, offsets)
     rows, up, down, up_bias, down_bias = autocast_to(rows, up, down, up_bias, down_bias)
-    return _Mlp.apply(rows, up, down, offsets, activation, up_bias, down_bias)  # type: ignore[return-value]
+    if rows.device.type == "cpu":
+        return _Mlp.apply(rows, up, down, offsets, activation, up_bias, down_bias)  # type: ignore[return-value]
+    backend = choose(Spec.of(rows, up), Spec.of(rows, down))
+    return StackedMlp.apply(rows, up, down, offsets, activation, up_bias, down_bias, backend)  # type: ignore[return-value]

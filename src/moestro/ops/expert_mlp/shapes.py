@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor
 
 from ...core.errors import UserError
@@ -14,7 +16,7 @@ class Groups:
 
     def __init__(self, offsets: Tensor, rows: int) -> None:
         bounds = offsets.tolist()
-        self.counts = [stop - start for start, stop in zip(bounds, bounds[1:])]
+        self.counts = [stop - start for start, stop in itertools.pairwise(bounds)]
         self.end = bounds[-1]
         self._sizes = [*self.counts, rows - self.end]
 

@@ -1,5 +1,10 @@
 """The grouped product: a stack of matrices, one per group of consecutive rows."""
 
+from . import flops as _flops  # registers the formula
+from .choose import choose, explain
 from .function import grouped_linear
+from .spec import Spec
 
-__all__ = ["grouped_linear"]
+__all__ = ["Spec", "choose", "explain", "grouped_linear"]
+
+del _flops

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...core.errors import UserError
 from ..precision import autocast_off, autocast_to
-from . import loop
+from .choose import choose
+from .spec import Spec
 
 __all__ = ["grouped_linear"]
 
@@ -18,17 +19,18 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight, offsets)
+        ctx.backend = choose(Spec.of(rows, weight))
         with autocast_off(rows.device):
-            return loop.products(rows, weight, offsets, bias)
+            return ctx.backend.products(rows, weight, offsets, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        backend, grad = ctx.backend, grads[0].contiguous()  # it may be expanded
         with autocast_off(rows.device):
-            d_rows = loop.transposed_products(grad, weight, offsets) if ctx.needs_input_grad[0] else None
-            d_weight = loop.outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
-            d_bias = loop.columns(grad, offsets) if ctx.needs_input_grad[3] else None
+            d_rows = backend.transposed_products(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+            d_weight = backend.outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
+            d_bias = backend.columns(grad, offsets) if ctx.needs_input_grad[3] else None
         return d_rows, d_weight, None, d_bias
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["columns", "outer", "products", "transposed_products"]
+from .spec import Spec
+
+__all__ = ["columns", "outer", "products", "supported", "transposed_products"]
+
+NAME = "loop"
+
+
+def supported(spec: Spec) -> tuple[bool, str]:
+    """Always: this is what everything falls back to."""
+    return True, "one product per expert"
 
 
 def products(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
