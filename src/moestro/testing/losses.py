@@ -58,8 +58,8 @@ def _rows(plan: Plan, part: slice) -> Plan:
 def check_loss(loss: Any, tensors: Mapping[str, Tensor] | None = None, *, needs_gradient: bool = True) -> None:
     """In the graph, not constant, additive over parts (value and gradient), and blind to padding.
 
-    tensors: what the loss needs besides the plan, [24] each (segment, task, ...), for the plan of `scored_plan()`. Parts
-    are cut at unit 12, which must be a border of segments.
+    tensors: what the loss needs besides the plan, [24] each (segment, task, ...), for the plan of `scored_plan()`.
+    Parts are cut at unit 12, which must be a border of segments.
     """
     tensors = dict(tensors or {})
     plan, logits = scored_plan()

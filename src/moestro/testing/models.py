@@ -39,7 +39,9 @@ def check_model(config: Any, *, batch: int = 2, length: int = 12, steps: int = 2
     _check_learning(model, tokens, steps)
 
 
-def signals_of(tokens: Tensor, valid: Tensor | None = None, start: int = 0) -> Signals:
+def signals_of(
+    tokens: Tensor, valid: Tensor | None = None, start: int = 0, knobs: dict[str, Any] | None = None
+) -> Signals:
     """Everything a router may ask for, for whole sequences."""
     B, S = tokens.shape
     position = (torch.arange(S) + start).repeat(B)
@@ -53,6 +55,7 @@ def signals_of(tokens: Tensor, valid: Tensor | None = None, start: int = 0) -> S
         unit_id=(torch.arange(B)[:, None] * 1000 + torch.arange(start, start + S)[None]).reshape(-1),
         seed=9,
         progress=0.5,
+        knobs=knobs or {},
     )
 
 
@@ -79,20 +82,21 @@ def _check_gradients(model: nn.Module, tokens: Tensor) -> None:
     model.zero_grad(set_to_none=True)
     loss = _loss(model, tokens)
     if not bool(torch.isfinite(loss)):
-        raise AssertionError(f"loss: {float(loss)} after initialisation")
+        raise AssertionError(f"loss: {float(loss.detach())} after initialisation")
     loss.backward()
     roles = describe(model)
     routers: dict[str, bool] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.grad is None:
-            raise AssertionError(f"gradient: {name} received none")
-        if not bool(torch.isfinite(p.grad).all()):
-            raise AssertionError(f"gradient: {name} received a NaN or an infinity")
         if roles[name].role == "router":
+            # Parts that serve only some losses (noise) may be idle; the router as a whole may not.
             at = name.rsplit(".router.", 1)[0]
-            routers[at] = routers.get(at, False) or bool(p.grad.any())
+            routers[at] = routers.get(at, False) or (p.grad is not None and bool(p.grad.any()))
+        elif p.grad is None:
+            raise AssertionError(f"gradient: {name} received none")
+        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
+            raise AssertionError(f"gradient: {name} received a NaN or an infinity")
     for at, reached in routers.items():
         if not reached:
             raise AssertionError(f"gradient: the router of {at} received only zeros")
@@ -115,17 +119,21 @@ def _check_causality(model: nn.Module, tokens: Tensor) -> None:
 
 
 def _check_cache(model: nn.Module, tokens: Tensor) -> None:
-    """Prefill of one half and then token by token equals the whole at once."""
+    """Prefill of one half and then token by token equals the whole at once.
+
+    Limits get room for everybody: a capacity counts the units of one call, so it differs between calls by definition.
+    """
+    roomy = {"capacity_factor": 1000.0}
     model.eval()
     with torch.no_grad():
-        want = _logits(model, tokens)
+        want = _logits(model, tokens, knobs=roomy)
         half = tokens.shape[1] // 2
         carry: Carry = model.new_cache(tokens.shape[1])  # type: ignore[operator]
-        got, carry, _ = model(tokens[:, :half], signals_of(tokens[:, :half]), carry)
+        got, carry, _ = model(tokens[:, :half], signals_of(tokens[:, :half], knobs=roomy), carry)
         parts = [got]
         for t in range(half, tokens.shape[1]):
             step = tokens[:, t : t + 1]
-            got, carry, _ = model(step, signals_of(step, start=t), carry)
+            got, carry, _ = model(step, signals_of(step, start=t, knobs=roomy), carry)
             parts.append(got)
     assert_close("cached decoding", torch.cat(parts, dim=1), want, 1e-4)
 
