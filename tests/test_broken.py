@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from broken import experts, losses, routers
+from broken import experts, losses, routers, training
 from moestro.core.plan import Plan
 from moestro.losses.config import SwitchBalance
+from moestro.models.examples import examples as decoders
+from moestro.optim.clip import grad_norm
 from moestro.testing.experts import check_experts
 from moestro.testing.losses import check_loss, check_total
 from moestro.testing.routers import check_router
+from moestro.testing.training import check_counts, check_load, check_norm
+from moestro.train.weights import load_weights
 
 
 @pytest.mark.parametrize(
@@ -71,3 +77,29 @@ def test_4_an_expert_without_tokens(broken, reason):
 
 def test_a_plain_correct_bank_passes():
     check_experts(experts.Stacked, num_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("which", "reason"),
+    [
+        ("checkpointing", "change with recomputation"),
+        ("evaluations", "change with an evaluation before"),
+        ("accumulation", "change with four micro-batches"),
+        ("cast", "after a cast to bf16"),
+    ],
+)
+def test_2_counters_that_drift(which, reason):
+    with pytest.raises(AssertionError, match=reason):
+        check_counts(training.drifting(which), tokens=4 * 600 * 2)
+
+
+def test_5_a_gradient_norm_that_depends_on_the_layout():
+    with pytest.raises(AssertionError, match="gradient norm with one bank and a router"):
+        check_norm(training.mean_of_group_norms)
+    check_norm(grad_norm)
+
+
+def test_6_a_load_that_leaves_weights_random():
+    with pytest.raises(AssertionError, match="a missing tensor was accepted"):
+        check_load(decoders()["moe"].build, training.load_what_fits)
+    check_load(decoders()["moe"].build, lambda model, tensors: load_weights(model, tensors, Path("model.safetensors")))
