@@ -139,8 +139,8 @@ class Arm:
         safe = self.store.where() if self.store else "see the first rank's message"
         raise UserError(
             f"{self.name}: the loss of step {self.step + 1} is not finite ({', '.join(parts)}); training stopped "
-            f"before it changed the weights. Last good state: {safe}. Lower the learning rate, lengthen the warm-up, or clip "
-            "harder, and start anew"
+            f"before it changed the weights. Last good state: {safe}. Lower the learning rate, lengthen the "
+            "warm-up, or clip harder, and start anew"
         )
 
     def _note(self, found: Gradient, norm: float, factor: float, taken: float) -> None:

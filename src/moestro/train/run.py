@@ -27,7 +27,6 @@ from .arm import Arm
 from .compare import Line, table
 from .config import TrainRun
 from .files import read_json
-from .finish import finish
 from .layout import Layout, claim, is_run
 from .observe import Observer
 from .ranks import Ranks, joined
@@ -67,12 +66,14 @@ def run(
     resume: bool = False,
     progress: Observer | None = None,
     name: str = "run",
+    command: str = "",
 ) -> Result:
     """Train as `config` says, alone or as one of the processes that torchrun started.
 
     out: the run folder; default `runs/<time>-<name>`. resume: continue the run in `out`; without a config, with its
     own settings (see `settings.check` for what may change). progress: is told everything, on the first rank.
-    SIGTERM and SIGINT finish the running step, save and return an incomplete result.
+    command: what to type to make the run again, for the report. SIGTERM and SIGINT finish the running step, save and
+    return an incomplete result.
 
     Errors: `UserError` for whatever the user can put right: folders, data, settings, damaged files, full disks, a loss
     that is not finite. What was saved before is intact then.
@@ -87,12 +88,14 @@ def run(
     with joined(config.device) as ranks, _own_randomness(), _threads(config.threads), listening() as stop:
         layout = Layout(ranks.agree(Path(out) if out is not None else _default(name)))
         ranks.together(lambda: claim(layout.root, resume))
-        return _Run(config, layout, resume, ranks, observer if ranks.first else Observer()).go(stop)
+        return _Run(config, layout, resume, ranks, observer if ranks.first else Observer(), command).go(stop)
 
 
 class _Run:
-    def __init__(self, config: TrainRun, layout: Layout, resume: bool, ranks: Ranks, observer: Observer) -> None:
-        self.layout, self.ranks, self.observer = layout, ranks, observer
+    def __init__(
+        self, config: TrainRun, layout: Layout, resume: bool, ranks: Ranks, observer: Observer, command: str
+    ) -> None:
+        self.layout, self.ranks, self.observer, self.command = layout, ranks, observer, command
         recorded = _recorded(layout.root) if resume and layout.manifest.is_file() else None
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
         self.tokenizer, self.corpus = self._text(config, recorded)
@@ -117,8 +120,13 @@ class _Run:
                 f"stopped after step {steps} of {self.config.steps}; everything is saved, continue with resume"
             )
             return self._result(arms, False)
+        from .finish import finish  # draws pictures: loaded when there is something to draw
+
         lines = self._lines(arms)
-        self.ranks.together(lambda: finish(self.config, self.stores, lines, self.tokenizer, self.observer.on_message))
+        say = self.observer.on_message
+        self.ranks.together(
+            lambda: finish(self.config, self.stores, lines, self.tokenizer, self.corpus, self.command, say)
+        )
         return self._result(arms, True)
 
     # Parts --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from .layout import Layout
 from .log import Metrics
 from .manifest import Manifest
 
-__all__ = ["Saved", "Store", "read_state"]
+__all__ = ["Saved", "Store", "read_state", "state_of"]
 
 TENSORS = ("model", "optimizer", "rng")
 PUBLISHED = {"model.safetensors": "model.safetensors", "trace.safetensors": "trace.safetensors"}
@@ -49,7 +49,7 @@ class Store:
         self.step = manifest.step if manifest else 0
         self.complete = manifest.complete if manifest else False
         size = manifest.growing["metrics.jsonl"].bytes if manifest and "metrics.jsonl" in manifest.growing else 0
-        self._state = _state_of(self.files)
+        self._state = state_of(self.files)
         with self._explained():
             self.metrics = Metrics(layout.metrics, size)
 
@@ -175,7 +175,7 @@ class Store:
 
 def read_state(root: Path, manifest: Manifest) -> Saved | None:
     """The last state of a (verified) run, or None where nothing was saved yet."""
-    state = _state_of(manifest.files)
+    state = state_of(manifest.files)
     if state is None:
         return None
     place = root / "state" / state
@@ -183,6 +183,6 @@ def read_state(root: Path, manifest: Manifest) -> Saved | None:
     return Saved(step=manifest.step, tensors=tensors, progress=read_json(place / "progress.json"))
 
 
-def _state_of(files: Mapping[str, Seal]) -> str | None:
+def state_of(files: Mapping[str, Seal]) -> str | None:
     """The name of the state that a manifest lists."""
     return next((name.split("/")[1] for name in files if name.startswith("state/")), None)

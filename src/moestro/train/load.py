@@ -1,0 +1,67 @@
+"""Reading a run folder: its settings, tokenizer and weights, each file checked against the manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..core.errors import UserError
+from ..tasks.tokenizer import Tokenizer, read_tokenizer
+from . import manifest as manifests
+from .config import TrainRun
+from .files import read_json, read_tensors
+from .layout import Layout
+from .save import state_of
+from .weights import load_weights
+
+__all__ = ["Loaded", "load"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A trained run. model: in evaluation mode. corpus: the content of `corpus.json`. step: of the last state."""
+
+    folder: Path
+    config: TrainRun
+    model: nn.Module
+    tokenizer: Tokenizer
+    corpus: dict[str, Any]
+    step: int
+
+
+def load(folder: str | Path, *, weights: Literal["best", "last"] = "best", device: str = "cpu") -> Loaded:
+    """The model of a run folder (`RUN`, or its twin's `RUN/dense`). weights: best in validation, or of the last state.
+
+    Raises `UserError` naming the file when something is missing or damaged, and for tensors that fit no parameter or
+    parameters that get no tensor.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; name the folder of a run")
+    manifest = manifests.read(root)
+    layout = Layout(root)
+    manifests.verify(root, manifest, ("config.json", "tokenizer.json", "corpus.json"))
+    config = TrainRun.from_dict(read_json(layout.config), where=str(layout.config))
+    state = state_of(manifest.files)
+    if state is None:
+        raise UserError(f"{root}: nothing was saved there yet; continue the run with resume first")
+    best = weights == "best" and "model.safetensors" in manifest.files
+    path = manifests.resolve(root, manifest, "model.safetensors" if best else f"state/{state}/model.safetensors")
+    model = config.model.build()
+    load_weights(model, read_tensors(path), path)
+    try:
+        model = model.to(torch.device(device)).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); use cpu") from None
+    return Loaded(
+        folder=root,
+        config=config,
+        model=model,
+        tokenizer=read_tokenizer(layout.tokenizer),
+        corpus=read_json(layout.corpus),
+        step=manifest.step,
+    )
