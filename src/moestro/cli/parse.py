@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import re
 from collections.abc import Sequence
@@ -12,17 +13,25 @@ import tyro
 
 from ..core.errors import UserError, did_you_mean
 
-__all__ = ["parse"]
+__all__ = ["Settings", "parse"]
 
 C = TypeVar("C")
 
-_MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+Settings = tyro.conf.UseAppendAction[tuple[str, ...]]  # an option that may be given several times
+
+_MARKERS = (tyro.conf.AvoidSubcommands,)
 _FLAG = re.compile(r"^[│|\s]*(?:-\w(?: \S+)?, )?(--[\w.-]+(?:, --[\w.-]+)*)")
 
 
-def parse(options: type[C], args: Sequence[str], *, verb: str, default: C | None = None) -> C:
-    """`args` as an `options` dataclass. `--help` prints and exits; anything wrong is a `UserError` of one line."""
-    kwargs: dict[str, Any] = {"prog": f"moestro {verb}", "description": options.__doc__, "config": _MARKERS}
+def parse(
+    options: type[C], args: Sequence[str], *, verb: str, usage: str = "", default: C | None = None, hint: str = ""
+) -> C:
+    """`args` as an `options` dataclass. `--help` prints and exits; anything wrong is a `UserError` of one line.
+
+    usage: what help shows after the program's name, if not the verb alone. hint: what to say of a stray argument.
+    """
+    text = inspect.cleandoc(options.__doc__ or "")
+    kwargs: dict[str, Any] = {"prog": f"moestro {usage or verb}", "description": text, "config": _MARKERS}
     if default is not None:
         kwargs["default"] = default
     if "--help" in args or "-h" in args:
@@ -34,15 +43,15 @@ def parse(options: type[C], args: Sequence[str], *, verb: str, default: C | None
     except SystemExit as stop:
         if not stop.code:
             raise
-        _refuse_unknown(options, args, kwargs)
+        _refuse_unknown(options, args, verb, kwargs)
         raise UserError(_first_sentence(said.getvalue())) from None
     if rest:
-        _refuse_unknown(options, rest, kwargs)
-        raise UserError(f"unexpected argument {rest[0]!r}; see moestro {verb} --help")
+        _refuse_unknown(options, rest, verb, kwargs)
+        raise UserError(f"unexpected argument {rest[0]!r}; {hint or f'see moestro {verb} --help'}")
     return made
 
 
-def _refuse_unknown(options: Any, args: Sequence[str], kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(options: Any, args: Sequence[str], verb: str, kwargs: dict[str, Any]) -> None:
     """Raise for the first flag that does not exist, with the nearest one that does."""
     given = [a.partition("=")[0].replace("_", "-") for a in args if a.startswith("--") and a != "--"]
     if not given:
@@ -50,7 +59,7 @@ def _refuse_unknown(options: Any, args: Sequence[str], kwargs: dict[str, Any]) -
     known = _flags(options, kwargs)
     for flag in given:
         if flag not in known:
-            raise UserError(f"unknown option {flag!r}{_nearest(flag, known)}; see {kwargs['prog']} --help")
+            raise UserError(f"unknown option {flag!r}{_nearest(flag, known)}; see moestro {verb} --help")
 
 
 def _flags(options: Any, kwargs: dict[str, Any]) -> list[str]:

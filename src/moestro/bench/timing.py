@@ -1,0 +1,67 @@
+"""Timing several contenders fairly: in turn, in one process, in an order that rotates, compared round by round."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["Spread", "interleave", "ratio", "spread"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """A median with the quartiles and extremes around it."""
+
+    median: float
+    low: float
+    high: float
+    least: float
+    most: float
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(*(factor * v for v in dataclasses.astuple(self)))
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], None]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+    each: Callable[[int, str], None] = lambda done, name: None,
+) -> dict[str, list[float]]:
+    """Seconds per call, name -> one figure per round.
+
+    A slow minute of the machine meets every contender: each round runs all of them once, starting one further every
+    time. `each(calls done, name)` is called after every call, for progress.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    done = 0
+    for turn in range(warmup + rounds):
+        shift = turn % max(1, len(names))
+        for name in names[shift:] + names[:shift]:
+            start = clock()
+            contenders[name]()
+            took = clock() - start
+            if turn >= warmup:
+                seconds[name].append(took)
+            done += 1
+            each(done, name)
+    return seconds
+
+
+def spread(values: list[float]) -> Spread:
+    """Median, quartiles and extremes of at least one value."""
+    ordered = sorted(values)
+    if len(ordered) < 2:
+        return Spread(*(ordered * 5))
+    low, _, high = statistics.quantiles(ordered, n=4, method="inclusive")
+    return Spread(statistics.median(ordered), low, high, ordered[0], ordered[-1])
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> Spread:
+    """Speed of `name` relative to that of `to` (above 1 = faster), computed in each round, then summarised."""
+    return spread([theirs / ours for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
