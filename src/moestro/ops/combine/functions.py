@@ -25,14 +25,14 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         grad = grads[0]
-        flat = grad.reshape(grad.shape[0], grad.shape[1:].numel())
+        flat = grad.reshape(grad.shape[0], grad.shape[1:].numel()).contiguous()  # it may be expanded
         return sum_rows(flat, None, inverse).view(ctx.shape), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, unit: Tensor, slot: Tensor, inverse: Tensor) -> Tensor:
-        flat = out.reshape(out.shape[0], out.shape[1:].numel())
+        flat = out.reshape(out.shape[0], out.shape[1:].numel()).contiguous()
         ctx.save_for_backward(flat, weight, unit, slot, inverse)
         ctx.shape = out.shape
         return sum_rows(flat, weight, inverse).view(inverse.shape[0], *out.shape[1:])
@@ -41,16 +41,15 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, weight, unit, slot, inverse = ctx.saved_tensors
         grad = grads[0]
-        grad = grad.reshape(grad.shape[0], grad.shape[1:].numel())
+        grad = grad.reshape(grad.shape[0], grad.shape[1:].numel()).contiguous()
         place = unit * inverse.shape[1] + slot
         d_out = d_weight = None
         if ctx.needs_input_grad[0]:
             row_weight = weight.reshape(-1).index_select(0, place)
             d_out = scaled_rows(grad, unit, row_weight, flat.dtype).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            d_weight = weight.new_zeros(weight.numel())
-            d_weight[place] = row_dots(flat, grad, unit).to(weight.dtype)
-            d_weight = d_weight.view(weight.shape)
+            dots = row_dots(flat, grad, unit).to(weight.dtype)
+            d_weight = weight.new_zeros(weight.numel()).scatter_(0, place, dots).view(weight.shape)
         return d_out, d_weight, None, None, None
 
 

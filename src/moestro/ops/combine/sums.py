@@ -27,7 +27,7 @@ def sum_rows(out: Tensor, weight: Tensor | None, inverse: Tensor) -> Tensor:
     """[T, D]: sum over k of weight[t, k] * out[inverse[t, k]], k = 0..K-1; weight None = 1; -1 adds nothing."""
     T, K = inverse.shape
     out = out.detach()
-    weight = weight if weight is None else weight.detach()
+    weight = weight if weight is None else weight.detach().contiguous()
     if out.shape[0] == 0:
         return out.new_zeros(T, out.shape[1])
     full = out.shape[0] == T * K  # every choice has a row

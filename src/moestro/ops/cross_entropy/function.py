@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import UserError
-from ..precision import autocast_off, autocast_to, sum_dtype
+from ..precision import autocast_off, operands, sum_dtype
 
 __all__ = ["chunk_size", "cross_entropy"]
 
@@ -74,7 +74,7 @@ def cross_entropy(
         if tensor is not None and tensor.shape != h.shape[:1]:
             raise UserError(f"cross_entropy: {name} must be [{h.shape[0]}], not {list(tensor.shape)}")
     counted = target >= 0 if valid is None else (target >= 0) & valid
-    h, head = autocast_to(h, head)
+    h, head = operands("cross_entropy", h, head)
     with_grad = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
     size = chunk_size(head.shape[0], h.dtype) if chunk is None else chunk
     total = _CrossEntropy.apply(h, head, target, counted, size, with_grad)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..grouped import Spec, choose
-from ..precision import autocast_off, autocast_to
+from ..precision import autocast_off, operands
 from .activations import activation_named
 from .shapes import Groups, blocks, check_gated
 from .stacked import StackedGated
@@ -107,7 +107,7 @@ def gated_mlp(
     Raises `UserError` for shapes that do not fit.
     """
     check_gated(rows, gate_up, down, offsets, widths)
-    rows, gate_up, down = autocast_to(rows, gate_up, down)
+    rows, gate_up, down = operands("gated_mlp", rows, gate_up, down)
     if rows.device.type == "cpu" or widths is not None:
         return _Gated.apply(rows, gate_up, down, offsets, activation, widths)  # type: ignore[return-value]
     backend = choose(Spec.of(rows, gate_up), Spec.of(rows, down))

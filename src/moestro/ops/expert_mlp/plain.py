@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..grouped import Spec, choose
-from ..precision import autocast_off, autocast_to
+from ..precision import autocast_off, operands
 from .activations import activation_named
 from .shapes import Groups, blocks, check_mlp
 from .stacked import StackedMlp
@@ -110,8 +110,8 @@ def mlp(
     Shapes: rows [R, D], up [E, F, D], down [E, D, F], offsets [E+1] int64, up_bias [E, F] or None, down_bias [E, D] or
     None -> [R, D]. Experts without rows get gradients of exact zeros. Raises `UserError` for shapes that do not fit.
     """
-    check_mlp(rows, up, down, offsets)
-    rows, up, down, up_bias, down_bias = autocast_to(rows, up, down, up_bias, down_bias)
+    check_mlp(rows, up, down, offsets, up_bias, down_bias)
+    rows, up, down, up_bias, down_bias = operands("mlp", rows, up, down, up_bias, down_bias)
     if rows.device.type == "cpu":
         return _Mlp.apply(rows, up, down, offsets, activation, up_bias, down_bias)  # type: ignore[return-value]
     backend = choose(Spec.of(rows, up), Spec.of(rows, down))

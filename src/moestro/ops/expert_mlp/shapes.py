@@ -44,9 +44,14 @@ def check_gated(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, wi
     _check("gated_mlp", "gate_up", 2, rows, gate_up, down, offsets, widths)
 
 
-def check_mlp(rows: Tensor, up: Tensor, down: Tensor, offsets: Tensor) -> None:
+def check_mlp(
+    rows: Tensor, up: Tensor, down: Tensor, offsets: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+) -> None:
     """Raise `UserError` unless the shapes of a plain bank fit its rows."""
     _check("mlp", "up", 1, rows, up, down, offsets, None)
+    for name, bias, matrix in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
+        if bias is not None and bias.shape != matrix.shape[:2]:
+            raise UserError(f"mlp: {name} must be {list(matrix.shape[:2])}, not {list(bias.shape)}")
 
 
 def _check(

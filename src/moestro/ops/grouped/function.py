@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import UserError
-from ..precision import autocast_off, autocast_to
+from ..precision import autocast_off, operands
 from .choose import choose
 from .spec import Spec
 
@@ -46,5 +46,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor |
         )
     if offsets.shape != (weight.shape[0] + 1,):
         raise UserError(f"grouped_linear needs {weight.shape[0] + 1} offsets, not {list(offsets.shape)}")
-    rows, weight, bias = autocast_to(rows, weight, bias)
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise UserError(f"grouped_linear needs bias {list(weight.shape[:2])}, not {list(bias.shape)}")
+    rows, weight, bias = operands("grouped_linear", rows, weight, bias)
     return _Grouped.apply(rows, weight, offsets, bias)  # type: ignore[return-value]
