@@ -92,6 +92,7 @@ def _show(name: str, about: dict[str, Any]) -> None:
         rows,
         f"active: parameters that one token meets. FLOPs: of matrix products, per token in sequences of "
         f"{about['seq_len']}. Bytes of parameters in {about['dtype']}. Figures of several layers are those of each.",
+        left=2,
     )
 
 

@@ -13,12 +13,12 @@ __all__ = ["count", "duration", "print_table", "size"]
 
 
 def print_table(
-    stream: TextIO, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = ""
+    stream: TextIO, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", left: int = 1
 ) -> None:
-    """A plain table: the first column to the left, figures to the right. Nothing is cut where the stream is a file."""
+    """A plain table: the first `left` columns to the left, figures to the right. Nothing is cut in files and pipes."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console = Console(file=stream, highlight=False, markup=False)

@@ -1,0 +1,97 @@
+"""`moestro generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from .parse import parse
+
+if TYPE_CHECKING:
+    from ..tasks.tokenizer import Tokenizer
+
+__all__ = ["Writer", "main"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Continue a text with the model of a run. The new text goes to stdout as it is made."""
+
+    run: tyro.conf.Positional[str]
+    """The run folder (RUN/dense for its dense twin)."""
+    prompt: str
+    """The text to continue; - reads it from stdin."""
+    max_tokens: int = 256
+    """The most tokens to add; fewer where the model's context is full."""
+    temperature: float = 0.8
+    """0 = always the most probable token; 1 = the model's own probabilities."""
+    top_p: float = 0.95
+    """Draw from the fewest tokens that hold this share of the probability; 1 = from all."""
+    top_k: int | None = None
+    """Draw from the most probable k tokens; None = from all."""
+    seed: int = 0
+    """Seed of the draws: the same seed gives the same text."""
+    weights: Literal["best", "last"] = "best"
+    """The weights that were best in validation, or those of the last state."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, ..."""
+    json: bool = False
+    """Print one line of JSON at the end instead of the text as it comes."""
+
+
+def main(args: Sequence[str]) -> int:
+    options = parse(Options, args, verb="generate")
+    prompt = sys.stdin.buffer.read() if options.prompt == "-" else options.prompt.encode(errors="surrogateescape")
+    from ..serve.generate import generate
+    from ..train.load import load
+
+    loaded = load(options.run, weights=options.weights, device=options.device)
+    writer = Writer(loaded.tokenizer, None if options.json else sys.stdout)
+    made = generate(
+        loaded.model,
+        [int(i) for i in loaded.tokenizer.encode(prompt).ids],
+        options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stream=lambda _, token: writer.add(token),
+    )
+    text = writer.end()
+    if options.json:
+        about = {"prompt": prompt.decode(errors="replace"), "text": text, "tokens": len(made.tokens)}
+        print(json.dumps({**about, "reason": made.reason, "seed": options.seed}))
+    elif made.reason == "context":
+        print(f"the model's context of {loaded.config.model.context} tokens is full", file=sys.stderr)
+    return 0
+
+
+class Writer:
+    """Writes text as tokens come: nothing is written before it can no longer change (characters of several tokens)."""
+
+    def __init__(self, tokenizer: Tokenizer, stream: Any | None) -> None:
+        self.tokenizer, self.stream = tokenizer, stream
+        self.tokens: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> None:
+        self.tokens.append(token)
+        self._write(self.tokenizer.decode(self.tokens).rstrip("\ufffd"))
+
+    def end(self) -> str:
+        """Write what is left; returns all text."""
+        self._write(self.tokenizer.decode(self.tokens))
+        if self.stream is not None:
+            print(file=self.stream, flush=True)
+        return self.text
+
+    def _write(self, text: str) -> None:
+        if len(text) > len(self.text):
+            if self.stream is not None:
+                print(text[len(self.text) :], end="", file=self.stream, flush=True)
+            self.text = text
