@@ -108,6 +108,12 @@ def test_capacity_is_exact_arithmetic() -> None:
             share(bad, 10, 3, up=True)
 
 
+def test_room_is_rounded_up() -> None:
+    plan = limited(torch.zeros(9, 4), Capacity(factor=1.0, min_capacity=0), k=1)  # 9 / 4
+    assert plan.capacity == 3
+    assert load(plan).tolist() == [3, 0, 0, 0]
+
+
 def test_factor_in_training_evaluation_and_per_call() -> None:
     x = torch.zeros(40, 4)  # everybody wants experts 0 and 1
     limit = Capacity(factor=0.5, eval_factor=1.5, min_capacity=1)
@@ -218,6 +224,8 @@ def test_random_second_in_evaluation() -> None:
     x = log([[0.9, 0.1]]).expand(500, 2)
     assert not limited(x, RandomSecond(), given=signals(500), train=False).kept.all()
     assert limited(x, RandomSecond(when="train"), given=signals(500), train=False).kept.all()
+    padding = Signals(valid=torch.arange(500) < 250, seed=1)
+    assert limited(x, RandomSecond(), given=padding).kept[250:].all()  # nothing was there to be lost
     with pytest.raises(UserError, match="two choices"):
         limited(torch.zeros(3, 4), RandomSecond(), k=3)
 

@@ -17,6 +17,7 @@ from moestro.core.signals import Signals
 from moestro.ops.choice import checkpoint
 from moestro.routers import Capacity, FixedNoise, Gumbel, LossFree, Noisy, Random, RandomSecond, Router, TopK
 from moestro.routers.order import highest
+from moestro.testing.routers import check_router
 from routers.router_cases import (
     DIM,
     EXAMPLES,
@@ -67,6 +68,11 @@ def test_complete_is_kept_as_a_promise(name: str) -> None:
         assert plan.complete == (always and not plan.virtual and not name.startswith("task"))
         padded, _ = router(units(40), signals(40, valid=torch.ones(40, dtype=torch.bool)))
         assert not padded.complete
+
+
+@every
+def test_conformance(name: str) -> None:
+    check_router(lambda: build(name), dim=DIM, num_experts=E)
 
 
 # Precision --------------------------------------------------------------------------------------------------------

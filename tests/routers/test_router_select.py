@@ -74,6 +74,15 @@ def test_top_p_is_monotone_capped_and_set_per_call() -> None:
     assert torch.equal(capped.expert, router(x, Signals(knobs={"top_p": 0.99}))[0].expert[:, :3])
 
 
+def test_top_p_is_strict_to_the_last_bit() -> None:
+    """Where p is the very sum of the three highest, in single precision, a fourth expert is taken."""
+    router = build(Router(select=TopP(p=0.5), weigh=Raw()))
+    for x in units(60):
+        mass = router(x[None])[0].probs.detach().sort(descending=True).values.cumsum(1)
+        plan, _ = router(x[None], Signals(knobs={"top_p": float(mass[0, 2])}))
+        assert (plan.expert >= 0).sum() == 4
+
+
 def test_expert_choice() -> None:
     # 4 units, 2 experts, factor 1: each expert takes 2 units; expert 0 has a tie between units 1 and 3
     x = log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.6, 0.4]])

@@ -7,20 +7,17 @@ from torch import Tensor
 
 __all__ = ["descending", "highest"]
 
-_ROUNDS = 4  # up to this many, repeated argmax is the fastest exact way (CPU, E 8..256)
-
 
 def highest(value: Tensor, k: int) -> Tensor:
     """[T, k] int64: indices of the k highest of each row, highest first; equal values (0 and -0 too) by lower index.
 
     Shapes: value [T, E] fp32 or fp64, k <= E. NaN ranks above everything, -inf no higher than any finite number.
     """
-    if k > value.shape[1]:
-        raise AssertionError(f"{k} of {value.shape[1]}")
+    assert k <= value.shape[1]
     value = value.detach()
     if k == 1:
         return value.argmax(dim=1, keepdim=True)
-    if k <= _ROUNDS:
+    if k <= (3 if value.shape[1] < 32 else 8):  # where repeated argmax is the fastest exact way on a CPU
         return _rounds(value, k)
     if value.dtype == torch.float32:
         return _by_key(value, k)
@@ -34,12 +31,12 @@ def descending(value: Tensor) -> Tensor:
 
 def _rounds(value: Tensor, k: int) -> Tensor:
     """argmax returns the first of several maxima; what is taken sinks below every finite value and cannot return."""
-    value = value.clamp(min=torch.finfo(value.dtype).min)
+    value = value.clamp(min=torch.finfo(value.dtype).min)  # a copy: what follows writes into it
     taken: list[Tensor] = []
     for _ in range(k):
         taken.append(value.argmax(dim=1, keepdim=True))
         if len(taken) < k:
-            value = value.scatter(1, taken[-1], float("-inf"))
+            value.scatter_(1, taken[-1], float("-inf"))
     return torch.cat(taken, dim=1)
 
 
