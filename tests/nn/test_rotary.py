@@ -53,6 +53,18 @@ def test_gradient_of_the_rotation(interleaved: bool) -> None:
     assert torch.autograd.gradgradcheck(turned, (x,))
 
 
+def test_low_precision_rounds_the_result_only() -> None:
+    x = torch.randn(1, 6, 2, 8).to(torch.bfloat16).requires_grad_()
+    rotary = Rotary().build(8).to(torch.bfloat16)
+    got, _ = rotary(x, x, None, start=1000)
+    want = rotary(x.float(), x.float(), None, start=1000)[0].to(torch.bfloat16)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
 def test_scores_depend_on_distance_only() -> None:
     rotary = Rotary(scaling=YaRN(factor=3.0, original_context=16)).build(8)
     q, k = torch.randn(2, 1, 6, 1, 8, dtype=torch.float64)

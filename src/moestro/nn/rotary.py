@@ -53,7 +53,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> 
     y = x * (cos.repeat_interleave(2, dim=-1) if interleaved else torch.cat((cos, cos), dim=-1))
     y[..., first].addcmul_(x[..., second], sin, value=-sign)
     y[..., second].addcmul_(x[..., first], sin, value=sign)
-    return y
+    return y.to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
@@ -74,7 +74,8 @@ class _Rotate(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotate the pairs of x.
 
-    Shapes: x [B, S, H, d]; cos, sin [S, 1, r] or [B, S, 1, r] with 2r <= d, in the dtype of x, without gradient.
+    Shapes: x [B, S, H, d] of any dtype; cos, sin [S, 1, r] or [B, S, 1, r] with 2r <= d, without gradient, in fp32, or
+    float64 for float64. Products are taken in their dtype, the result is in that of x.
     """
     return _Rotate.apply(x, cos, sin, interleaved, 1)  # type: ignore[return-value]
 
@@ -109,6 +110,7 @@ class Rotary(Constants):
         cos, sin = angle.cos(), angle.sin()
         if self.factor != 1.0:
             cos, sin = cos * self.factor, sin * self.factor
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+        if q.dtype == torch.float64:
+            cos, sin = cos.double(), sin.double()
         flip = self.config.style == "interleaved"
         return rotate(q, cos, sin, flip), rotate(k, cos, sin, flip)
