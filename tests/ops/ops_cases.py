@@ -17,11 +17,11 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(*shape, generator=generator(seed))
+    return torch.rand(shape, generator=generator(seed))
 
 
 def topk_plan(T: int = 23, K: int = 2, E: int = 6, used: int | None = None, seed: int = 0) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.errors import RecomputationError
+from ...core.errors import RecomputationError, UserError
 
 __all__ = ["COMMIT", "commit", "in_backward"]
 
@@ -48,4 +48,6 @@ def commit(choice: Tensor) -> Tensor:
 
     Raises `RecomputationError` when it runs inside a backward pass, that is: under checkpointing that did not save it.
     """
+    if choice.is_floating_point():
+        raise UserError("commit takes decisions, that is integers or booleans; weights are to be recomputed")
     return COMMIT(choice)

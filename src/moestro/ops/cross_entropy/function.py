@@ -25,29 +25,28 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, head: Tensor, target: Tensor, counted: Tensor, chunk: int, with_grad: bool
     ) -> Tensor:
-        dtype = sum_dtype(h.dtype)
-        T = h.shape[0]
+        dtype, (T, D), V = sum_dtype(h.dtype), h.shape, head.shape[0]
         total = torch.zeros((), dtype=torch.float64, device=h.device)
-        d_h = torch.zeros_like(h) if with_grad else None
-        d_head = torch.zeros(head.shape, dtype=dtype, device=h.device) if with_grad else None
+        d_h = torch.empty_like(h, memory_format=torch.contiguous_format) if with_grad else None
+        d_head = torch.zeros(V, D, dtype=dtype, device=h.device) if with_grad else None
         wide = head.to(dtype)
+        buffers = torch.empty(2, min(chunk, T), V, dtype=dtype, device=h.device).unbind(0)
         with autocast_off(h.device):
             for start in range(0, T, chunk):
                 part = slice(start, min(start + chunk, T))
-                x = h[part].to(dtype)
-                keep = counted[part]
-                goal = target[part].clamp_min(0)[:, None]
-                logits = torch.mm(x, wide.t())
-                norm = torch.logsumexp(logits, 1, keepdim=True)
-                nats = (norm - logits.gather(1, goal))[:, 0]
-                total += torch.where(keep, nats, 0).sum(dtype=torch.float64)
+                ignored = ~counted[part, None]
+                # With zeros for what is ignored, its share of the head's gradient is exactly zero.
+                x = h[part].to(dtype).masked_fill(ignored, 0)
+                goal = target[part, None].masked_fill(ignored, 0)
+                logits, logs = (b[: x.shape[0]] for b in buffers)
+                torch.mm(x, wide.t(), out=logits)
+                torch.ops.aten._log_softmax.out(logits, 1, False, out=logs)
+                total -= logs.gather(1, goal).masked_fill_(ignored, 0).sum(dtype=torch.float64)
                 if d_h is None or d_head is None:
                     continue
-                probs = logits.sub_(norm).exp_()
-                probs.scatter_add_(1, goal, probs.new_full(goal.shape, -1.0))
-                probs.mul_(keep[:, None])
-                d_h[part] = torch.mm(probs, wide).to(h.dtype)
-                torch.addmm(d_head, probs.t(), x, out=d_head)
+                d_logits = logs.exp_().scatter_add_(1, goal, logs.new_full(goal.shape, -1.0))
+                d_h[part] = torch.mm(d_logits, wide).masked_fill_(ignored, 0)
+                torch.addmm(d_head, d_logits.t(), x, out=d_head)
         if d_h is not None and d_head is not None:
             ctx.save_for_backward(d_h, d_head.to(head.dtype))
         return total.to(dtype)
@@ -73,6 +72,10 @@ def cross_entropy(
     for name, tensor in (("target", target), ("valid", valid)):
         if tensor is not None and tensor.shape != h.shape[:1]:
             raise UserError(f"cross_entropy: {name} must be [{h.shape[0]}], not {list(tensor.shape)}")
+    if chunk is not None and chunk < 1:
+        raise UserError(f"cross_entropy: chunk must be at least 1 unit, not {chunk}")
+    if head.shape[0] == 0:
+        raise UserError("cross_entropy: the vocabulary is empty")
     counted = target >= 0 if valid is None else (target >= 0) & valid
     h, head = operands("cross_entropy", h, head)
     with_grad = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
