@@ -325,11 +325,11 @@ def rewrite(tmp_path, change):
     recorded().write(path)
     content = path.read_bytes()
     size = int.from_bytes(content[:8], "little")
-    header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["header"])
+    header = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["moestro-trace"])
     arrays = dict(load_arrays(content))
-    metadata = {"format": "moestro-trace"}
+    metadata = {}
     change(header, arrays, metadata)
-    metadata.setdefault("header", json.dumps(header))
+    metadata = metadata or {"moestro-trace": json.dumps(header)}
     path.write_bytes(save(arrays, metadata=metadata))
     return path
 
@@ -337,9 +337,9 @@ def rewrite(tmp_path, change):
 CHANGES = {
     "another version": (lambda h, a, m: h.update(version=99), "reads version 1"),
     "another format": (lambda h, a, m: m.update(format="pt"), "no routing trace"),
-    "no header": (lambda h, a, m: m.update(header="{"), "no valid JSON"),
-    "deep header": (lambda h, a, m: m.update(header="[" * 100_000), "no valid JSON"),
-    "a list": (lambda h, a, m: m.update(header="[1]"), "trace version None"),
+    "no header": (lambda h, a, m: m.update({"moestro-trace": "{"}), "no valid JSON"),
+    "deep header": (lambda h, a, m: m.update({"moestro-trace": "[" * 100_000}), "no valid JSON"),
+    "a list": (lambda h, a, m: m.update({"moestro-trace": "[1]"}), "trace version None"),
     "no layers": (lambda h, a, m: h.pop("layers"), "malformed"),
     "layers a number": (lambda h, a, m: h.update(layers=3), "malformed"),
     "layer without a path": (lambda h, a, m: h["layers"][0].pop("path"), "malformed"),

@@ -45,12 +45,10 @@ def _header(content: bytes, path: Path) -> dict[str, Any]:
     try:
         outer = json.loads(content[8 : 8 + size])
         metadata = outer.get("__metadata__", {})
-        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-            raise UserError(
-                f"{path} is a safetensors file, but no routing trace (its metadata has no format {FORMAT!r})"
-            )
-        header = json.loads(metadata["header"])
-    except (ValueError, KeyError, RecursionError, AttributeError) as error:
+        if not isinstance(metadata, dict) or not isinstance(metadata.get(FORMAT), str):
+            raise UserError(f"{path} is a safetensors file, but no routing trace (its metadata has no {FORMAT!r})")
+        header = json.loads(metadata[FORMAT])
+    except (ValueError, RecursionError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: the header is no valid JSON ({error})") from error

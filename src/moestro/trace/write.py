@@ -37,7 +37,7 @@ def smallest(values: Array, dtypes: tuple[type, ...] = _INTEGERS) -> Array:
 def write(trace: Trace, path: str | os.PathLike[str]) -> None:
     """Write the file under a temporary name and rename it: the path holds the old file or the whole new one."""
     header, arrays = _encode(trace)
-    metadata = {"format": FORMAT, "header": json.dumps(header, allow_nan=False)}
+    metadata = {FORMAT: json.dumps(header, allow_nan=False)}  # one entry: safetensors writes several in any order
     content = safetensors.save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata=metadata)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
