@@ -82,8 +82,8 @@ def _split(found: list[tuple[Path, str, Examined]], share: float) -> tuple[Piece
     sizes = {name: seen.size for _, name, seen in found}
     total = sum(sizes.values())
     if len(found) >= _ENOUGH:
-        valid = held_out(sizes, 0.9 * share, 1.1 * share)
-        if sum(sizes[n] for n in valid) >= 0.9 * share * total:
+        valid = held_out(sizes, 0.9 * share, 1.25 * share)
+        if sum(sizes[n] for n in valid) >= 0.6 * share * total:
             return tuple(
                 Piece(path, name, seen.sha256, 0, seen.size, "valid" if name in valid else "train")
                 for path, name, seen in found

@@ -141,7 +141,7 @@ def _disturb(
 
 def main(args: Sequence[str]) -> int:
     """Kill and compare until there were `--n` kills; returns 0 when every run came out equal."""
-    parser = argparse.ArgumentParser(prog="python -m moestro.testing.kills", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m moestro.testing.kills", description="Kill a training at random moments")
     parser.add_argument("--n", type=int, default=5, help="kills in total")
     parser.add_argument("--steps", type=int, default=40, help="steps of every run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
@@ -166,7 +166,7 @@ def main(args: Sequence[str]) -> int:
             if len(kills) >= said.n:
                 break
     record = {
-        "what": "kill -9 at random moments, then resume: every logged number and the weights against an undisturbed run",
+        "what": "kill -9 at random moments, then resume; logged numbers and weights against an undisturbed run",
         "command": f"python -m moestro.testing.kills {' '.join(args)}",
         "kills": len(kills),
         "runs": runs,

@@ -109,7 +109,7 @@ class Arm:
 
     def _train_step(self, stop: Stop) -> bool:
         begin = time.perf_counter()
-        found = self.gradients(self.step, stop.requested)
+        found = self.gradients(self.step, stop)
         if not self._checked:
             self.gradients.reach.check()
             self._checked = True
@@ -128,14 +128,13 @@ class Arm:
         self.tokens += found.targets
         if self.ranks.first:
             self._note(found, norm, factor, taken)
-        return found.stop
+        return found.stop or (self.ranks.world == 1 and stop.requested)
 
     def _refuse_nan(self, found: Gradient, norm: float) -> None:
         if math.isfinite(found.loss) and math.isfinite(norm):
             return
-        bad = sorted({key.name for key, value in found.terms.items() if not math.isfinite(value)})
-        parts = [f"{found.nats} nats per token", f"gradient norm {norm}"]
-        parts += [f"{name} {next(v for k, v in found.terms.items() if k.name == name)}" for name in bad]
+        bad = [f"{k.name} of {k.path} {value}" for k, value in found.terms.items() if not math.isfinite(value)]
+        parts = [f"{found.nats} nats per token", f"gradient norm {norm}", *bad[:4]]
         safe = self.store.where() if self.store else "see the first rank's message"
         raise UserError(
             f"{self.name}: the loss of step {self.step + 1} is not finite ({', '.join(parts)}); training stopped "
@@ -166,11 +165,11 @@ class Arm:
             "load_entropy": math.fsum(entropies) / len(entropies) if entropies else None,
             "max_violation": max(violations, default=None),
         }
-        self.store.metrics.add(row)
+        self.store.log(row)
         if self.recorder is not None:
             self.recorder.count(self.step, found.routing)
         for path, experts in _by_layer(self.watch.step(counts)).items():
-            self.store.metrics.add({"kind": "starved", "step": self.step, "path": path, "experts": experts})
+            self.store.log({"kind": "starved", "step": self.step, "path": path, "experts": experts})
             self.observer.on_message(
                 f"{self.name}: no token went to expert{'s' if len(experts) > 1 else ''} "
                 f"{', '.join(map(str, experts))} of {path} for {self.watch.patience} steps"
@@ -209,7 +208,7 @@ class Arm:
             self.best = {n: row[n] for n in ("step", "nats", "bits_per_byte")}
         if self.ranks.first:
             assert self.store is not None
-            self.store.metrics.add(row)
+            self.store.log(row)
             self._sample(found.sampled)
         self.save(best=better)
         if self.ranks.first:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ..core.errors import UserError
 from .files import Seal, seal
@@ -21,16 +22,16 @@ class Metrics:
         self.path = path
         if path.exists():
             os.truncate(path, size)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is with the system (not yet on the disk) when this returns."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def seal(self) -> Seal:
         """Bring everything to the disk; returns the seal of the file as it is now."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return seal(self.path)
 

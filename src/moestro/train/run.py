@@ -88,7 +88,9 @@ def run(
     with joined(config.device) as ranks, _own_randomness(), _threads(config.threads), listening() as stop:
         layout = Layout(ranks.agree(Path(out) if out is not None else _default(name)))
         ranks.together(lambda: claim(layout.root, resume))
-        return _Run(config, layout, resume, ranks, observer if ranks.first else Observer(), command).go(stop)
+        training = _Run(config, layout, resume, ranks, observer if ranks.first else Observer(), command)
+        with contextlib.closing(training):
+            return training.go(stop)
 
 
 class _Run:
@@ -144,8 +146,8 @@ class _Run:
 
     def _open(self) -> dict[Path, Store]:
         """The stores that exist, verified."""
-        found = [part for part in (self.layout, self.layout.twin) if part.manifest.is_file()]
-        return {part.root: Store.open(part) for part in found}
+        found = {part.root: Store.open(part) for part in (self.layout, self.layout.twin)}
+        return {root: store for root, store in found.items() if store is not None}
 
     def _begin(self) -> None:
         """Write what does not change during training, and what resuming changed in the settings."""
@@ -214,11 +216,13 @@ class _Run:
             lines=tuple(self._lines(arms)),
             report=report if complete and report.is_file() else None,
         )
-        for store in self.stores.values():
-            store.metrics.close()
         if self.ranks.first:
             self.observer.on_end(result)
         return result
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.metrics.close()
 
     # Text ---------------------------------------------------------------------------------------------------------
 

@@ -54,8 +54,13 @@ class Store:
             self.metrics = Metrics(layout.metrics, size)
 
     @classmethod
-    def open(cls, layout: Layout) -> Store:
-        """The store of a run to be resumed: verified whole, left-overs of an interrupted save removed."""
+    def open(cls, layout: Layout) -> Store | None:
+        """The store of a run to be resumed: verified whole, left-overs of an interrupted save removed.
+
+        None where a run ended before it wrote its first manifest, and so before its first step.
+        """
+        if not layout.manifest.exists() and not layout.states.exists():
+            return None
         manifest = manifests.read(layout.root)
         manifests.verify(layout.root, manifest)
         store = cls(layout, manifest)
@@ -71,15 +76,23 @@ class Store:
                 path = self.layout / name
                 self.files[name] = seal(path) if value is None else write_json(path, value)
 
-    def commit(self, complete: bool | None = None) -> None:
-        """Replace the manifest: everything put or saved so far counts."""
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append a row to the metrics."""
         with self._explained():
-            self.complete = self.complete if complete is None else complete
+            self.metrics.add(row)
+
+    def commit(self, complete: bool | None = None) -> None:
+        """Replace the manifest: everything put so far counts."""
+        self._replace(self.files, self.step, self.complete if complete is None else complete)
+
+    def _replace(self, files: dict[str, Seal], step: int, complete: bool) -> None:
+        with self._explained():
             growing = {"metrics.jsonl": self.metrics.seal()}
             for path in sorted((self.layout / "tensorboard").glob("*")):
                 growing[f"tensorboard/{path.name}"] = seal(path)
-            made = Manifest(step=self.step, complete=self.complete, files=self.files, growing=growing)
+            made = Manifest(step=step, complete=complete, files=files, growing=growing)
             manifests.write(self.layout.root, made)
+        self.files, self.step, self.complete, self._state = files, step, complete, state_of(files)
 
     def save(self, saved: Saved, best: bool, write_trace: Callable[[Path], None] | None = None) -> None:
         """Make `saved` the state that counts; `best`: publish its model. write_trace: writes a trace to a path."""
@@ -110,13 +123,7 @@ class Store:
             files["model.safetensors"] = seals["model.safetensors"]
         if write_trace is not None:
             files["trace.safetensors"] = seals["trace.safetensors"]
-        before = (self.files, self.step, self._state)
-        self.files, self.step, self._state = files, saved.step, name
-        try:
-            self.commit()
-        except BaseException:
-            self.files, self.step, self._state = before
-            raise
+        self._replace(files, saved.step, self.complete)
         with self._explained():
             self._publish()
             self._tidy()

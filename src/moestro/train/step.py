@@ -29,6 +29,7 @@ from ..core.trail import Key, Record, TermKey, Trail, add_stats
 from ..tasks.batches import Batch, Batches
 from .config import TrainRun
 from .ranks import Ranks
+from .stop import Stop
 from .terms import Reach, declared, pool, total
 
 __all__ = ["Gradient", "Gradients", "autocast", "signals_of"]
@@ -98,8 +99,8 @@ class Gradients:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.parts = micro_batches(config, ranks)
 
-    def __call__(self, step: int, stop: bool = False) -> Gradient:
-        """Step number `step`, from 0. stop: this rank was asked to stop; all ranks learn of it."""
+    def __call__(self, step: int, stop: Stop) -> Gradient:
+        """Step number `step`, from 0. stop: read after the last backward pass; all ranks learn of it."""
         self.model.train()
         signals = signals_of(self.config, step)
         local = [self.batches.train(step, self.config.batch_size, *part) for part in self.parts]
@@ -144,9 +145,9 @@ class Gradients:
             sums.terms[key] = sums.terms.get(key, 0.0) + value * weight
         return extra * weight
 
-    def _over_ranks(self, sums: _Sums, totals: dict[TermKey, Stats], number: Tensor, stop: bool) -> Gradient:
+    def _over_ranks(self, sums: _Sums, totals: dict[TermKey, Stats], number: Tensor, stop: Stop) -> Gradient:
         """Sums over ranks in one message, then numbers brought over from the device in another."""
-        said = torch.tensor([float(stop), sums.text_bytes], dtype=torch.float64, device=self.ranks.device)
+        said = torch.tensor([float(stop.requested), sums.text_bytes], dtype=torch.float64, device=self.ranks.device)
         terms = {} if self.pooled else sums.terms
         sent = [sums.nats, said, *sums.units.values(), *sums.counts.values(), *sums.load.values(), *terms.values()]
         nats, said, *rest = self.ranks.add(sent)
