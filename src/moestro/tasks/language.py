@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..core.signals import Signals
@@ -45,13 +44,9 @@ class NextTokenObjective:
 
 
 def with_places(batch: Batch, signals: Signals) -> Signals:
-    """The signals with what every router may want to know about the tokens of a batch, [T] each."""
-    B, S = batch.tokens.shape
-    device = batch.tokens.device
-    return dataclasses.replace(
-        signals,
-        token=batch.tokens.reshape(-1),
-        position=torch.arange(S, device=device).repeat(B),
-        segment=torch.arange(B, device=device).repeat_interleave(S),
-        unit_id=batch.unit_id,
-    )
+    """The signals with the tokens and their numbers in the global batch, [T] each.
+
+    Routed layers get positions and segments from the decoder. Attention must not: a segment means packed rows there,
+    and costs the kernel its causal path.
+    """
+    return dataclasses.replace(signals, token=batch.tokens.reshape(-1), unit_id=batch.unit_id)
