@@ -16,6 +16,7 @@ from ..tasks.batches import Batches
 from ..train.config import TrainRun
 from ..train.ranks import Ranks
 from ..train.step import Gradients
+from ..train.stop import Stop
 
 __all__ = ["Contender"]
 
@@ -44,13 +45,13 @@ class Contender:
         self.optimizer = run.optimizer.build(model)
         self.gradients = Gradients(model, run.objective.build(), batches, run, ranks)
         self.after = RouterSteps(model)
-        self.number = 0
+        self.number, self.stop = 0, Stop()
         self.calls: dict[str, list[Call]] = {}
 
     def steps(self, n: int) -> None:
         """Take n optimiser steps."""
         for _ in range(n):
-            found = self.gradients(self.number)
+            found = self.gradients(self.number, self.stop)
             grads = [p.grad for p in self.gradients.parameters if p.grad is not None]
             clip(grads, float(grad_norm(grads)), self.run.optimizer.clip)
             self.optimizer.step(self.run.optimizer.schedule.factor(self.number, self.run.steps))
@@ -61,7 +62,7 @@ class Contender:
 
     def first(self) -> dict[str, Tensor]:
         """Gradients of the next step by parameter name, and its nats; no parameter moves. For the output check."""
-        found = self.gradients(self.number)
+        found = self.gradients(self.number, self.stop)
         out = {n: p.grad.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.clear()
         return out | {"nats": torch.tensor(found.nats, dtype=torch.float64)}

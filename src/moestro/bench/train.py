@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,15 @@ AGREEMENT = 1e-4  # relative L2 per gradient tensor, fp32
 
 
 def measure(
-    run: TrainRun, rounds: int = 7, steps: int = 3, say: Callable[[str], None] = lambda line: None
+    run: TrainRun,
+    rounds: int = 7,
+    steps: int = 3,
+    say: Callable[[str], None] = lambda line: None,
+    against: Sequence[str] = tuple(PEERS),
 ) -> dict[str, Any]:
     """Measure a run's model. Returns a JSON-able record: `rows` per contender, `ratios` of the sparse model's speed.
 
-    rounds: how often every contender has its turn. steps: optimiser steps of one turn.
+    rounds: how often every contender has its turn. steps: optimiser steps of one turn. against: names in PEERS.
     """
     if rounds < 1 or steps < 1:
         raise UserError("bench train: needs at least one round of at least one step")
@@ -75,9 +79,10 @@ def measure(
         if not any(isinstance(m, MoELayer) for m in racing[SPARSE].model.modules()):
             raise UserError("bench train: this model has no routed layer")
         racing[TWIN] = enter(dense_twin(shape, run.seq_len))
-        rows: dict[str, dict[str, Any]] = {name: {} for name in (SPARSE, TWIN, *PEERS)}
+        rows: dict[str, dict[str, Any]] = {name: {} for name in (SPARSE, TWIN, *against)}
         expected = racing[SPARSE].first()
-        for name, (implementation, compiled) in PEERS.items():
+        for name in against:
+            implementation, compiled = PEERS[name]
             say(f"checking {name}")
             try:
                 peer = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))

@@ -72,13 +72,9 @@ def _flags(options: Any, kwargs: dict[str, Any]) -> list[str]:
 
 
 def _nearest(flag: str, known: Sequence[str]) -> str:
-    close = did_you_mean(flag, known)
-    if close:
-        return close
-    # A field asked for without its path: --top-k for --model.moe.router.select.k is beyond us, --dim is not.
-    last = flag.lstrip("-").rpartition(".")[2]
-    ends = [k for k in known if k.rpartition(".")[2].lstrip("-") == last]
-    return f" (did you mean {ends[0]!r}?)" if ends else ""
+    last = flag.lstrip("-").rpartition(".")[2]  # a field asked for without its path, or with a wrong one
+    ends = [k for k in known if k.lstrip("-").rpartition(".")[2] == last]
+    return f" (did you mean {ends[0]!r}?)" if ends else did_you_mean(flag, known)
 
 
 def _first_sentence(box: str) -> str:

@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run is, and how its settings are changed; read first, because the other options depend on it."""
+    """What decides which other options there are; read first."""
 
     out: Path | None = None
     """The run folder; one that holds a run is refused unless --resume. None = runs/<time>-<preset>."""
@@ -39,6 +39,8 @@ class Place:
     set: Settings = ()
     """PATH=VALUE, as often as you like: change a part, also to another type, before the options below apply.
     model.moe.router.select=routers.TopP, or as JSON '{"type": "routers.TopP", "p": 0.4}'."""
+    data: str | None = None
+    """Text to learn from: a file, or a folder with text files. None = the preset's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,6 @@ class Options(Place):
     PRESET is a name (moestro presets), a run folder or a config.json; without one it is "stdlib", which learns from the
     source text of Python's standard library. Every field of the preset is an option below."""
 
-    data: str | None = None
-    """Text to learn from: a file, or a folder with text files. None = the preset's."""
     tokenizer: str | None = None
     """Tokenizer file (JSON of Hugging Face's tokenizers), copied into the run. None = the preset's, else bytes."""
     json: bool = False
@@ -59,6 +59,7 @@ class Options(Place):
 
 def main(args: Sequence[str]) -> int:
     name, config, options = read(args)
+    check(config)
     from ..train.run import run
     from .progress import watcher
 
@@ -78,6 +79,15 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
+def check(config: TrainRun) -> None:
+    """Raise `UserError` for models that cannot be built, before anything is written."""
+    if config.twin:
+        from ..models.twin import dense_twin
+
+        dense_twin(config.model, config.seq_len).num_params()
+    config.model.num_params()
+
+
 def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
     """(name of the preset, the run that a command line asks for, its other options)."""
     preset, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else (None, args)
@@ -91,6 +101,10 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
     else:
         base = find(name)
     base = override(base, place.set)
+    if place.data is not None:
+        about = base.data
+        text = about if isinstance(about, Text) else Text(tokenizer=about.tokenizer, cache=about.cache)
+        base = base.replace(data=text.replace(path=place.data))
     options = parse(
         Options,
         rest,
@@ -100,19 +114,13 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
         hint="a preset comes before all options",
     )
     config = options.config
-    if options.data is not None:
-        config = config.replace(
-            data=Text(path=options.data, tokenizer=config.data.tokenizer, cache=config.data.cache)
-            if not isinstance(config.data, Text)
-            else config.data.replace(path=options.data)
-        )
     if options.tokenizer is not None:
         config = config.replace(data=config.data.replace(tokenizer=options.tokenizer))
     return name if name in PRESETS else "run", config, options
 
 
 def _place(args: Sequence[str]) -> Place:
-    """--out, --resume and --set, whatever else there is. What is wrong with them is said when all options are read."""
+    """Its options, whatever else there is. What is wrong with them is said when all options are read."""
     given = [a for a in args if a not in ("-h", "--help")]
     with contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
         return tyro.cli(Place, args=given, return_unknown_args=True)[0]

@@ -100,13 +100,21 @@ class _Run:
         self.layout, self.ranks, self.observer, self.command = layout, ranks, observer, command
         recorded = _recorded(layout.root) if resume and layout.manifest.is_file() else None
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
+        try:
+            self._prepare(config, recorded)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: TrainRun, recorded: TrainRun | None) -> None:
+        """Open the text; settle the config, which a resumed run may have changed only so far."""
         self.tokenizer, self.corpus = self._text(config, recorded)
         model = config.model.replace(vocab_size=self.tokenizer.vocab_size, seed=config.seed)
         self.config = config.replace(model=model)
         if recorded is not None:
-            found = settings.check(recorded, self.config, manifests.read(layout.root).step)
+            found = settings.check(recorded, self.config, manifests.read(self.layout.root).step)
             if found:
-                observer.on_message(f"resumed with other settings: {'; '.join(map(str, found))}")
+                self.observer.on_message(f"resumed with other settings: {'; '.join(map(str, found))}")
 
     def go(self, stop: Stop) -> Result:
         """Train, and finish."""
