@@ -103,6 +103,7 @@ def test_capacity_is_exact_arithmetic() -> None:
     assert share(1.25, 100, 8, up=True) == 16
     assert share(1.25, torch.tensor([100, 0, 7]), 8, up=True).tolist() == [16, 0, 2]
     assert share(0.3, 10, 3, up=False) == 1
+    assert int(share(1 / 3, torch.tensor(3_000_000), 1, up=True)) == 1_000_000  # and within 64 bits
     for bad in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="capacity_factor"):
             share(bad, 10, 3, up=True)
@@ -194,6 +195,16 @@ def test_recycling(k: int, order: Priority, per: str) -> None:
         assert all((row == e).sum() <= -(-16 * k // E) for row in of for e in range(E))
     other = build(Router(select=TopK(k=k), weigh=Raw(), limit=again))(x, signals(64, per_segment=16, seed=9))[0]
     assert not torch.equal(other.expert, plan.expert)
+
+
+def test_a_draw_that_clashes_is_repeated() -> None:
+    """Three choices of eight experts, room for twice as many: a third of the draws clash, few do so four times."""
+    limit = Capacity(factor=2.0, min_capacity=0, priority=Recycle())
+    x = torch.zeros(400, E)
+    x[:, :3] = 3.0
+    plan = limited(x, limit, k=3)
+    assert (plan.extra["chosen"] == torch.tensor([0, 1, 2])).all()
+    assert plan.kept.float().mean() > 0.98
 
 
 def test_recycling_draws_every_free_expert() -> None:

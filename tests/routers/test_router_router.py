@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moestro.core.carry import Carry
 from moestro.core.config import config
+from moestro.core.draws import normal
 from moestro.core.errors import MissingSignalError, UserError
 from moestro.core.signals import Signals
-from moestro.routers import AnyRouter, Label, Linear, LossFree, Mix, Raw, Router, Score, TopK
+from moestro.routers import AnyRouter, FixedNoise, Label, Linear, LossFree, Mix, Raw, Router, Score, TopK
 from moestro.routers.score import LinearScore
 from moestro.routers.steps import MixStep, Scores
 from moestro.routers.subset import ABSENT_LOGIT
@@ -139,6 +140,16 @@ def test_a_subset_is_a_small_router_with_the_banks_numbers() -> None:
     a.probs.square().sum().backward()
     b.probs.square().sum().backward()
     torch.testing.assert_close(wide.score.weight.grad, small.score.weight.grad)
+
+
+def test_noise_of_a_subset_is_given_for_the_whole_bank() -> None:
+    plan, _ = build(Router(score=FixedNoise(std=0.5), subset=(6, 1, 4)))(units(5))
+    noisy, std = plan.extra["noisy_logits"], plan.extra["noise_std"]
+    assert noisy.shape == std.shape == plan.logits.shape
+    assert noisy[:, [0, 2, 3, 5, 7]].unique().tolist() == [ABSENT_LOGIT]
+    assert std.unique().tolist() == [0.5, 1.0]
+    draw = normal(Signals().at("score").seed, torch.arange(5), 3)
+    torch.testing.assert_close((noisy - plan.logits)[:, [6, 1, 4]], 0.5 * draw)
 
 
 def test_a_subset_steps_on_its_own_counts() -> None:

@@ -23,6 +23,7 @@ from moestro.routers import (
     TopP,
     Weigh,
 )
+from moestro.routers.steps import Scores
 from routers.router_cases import EXAMPLES, build, exact, log, signals, units, weights
 
 P = [[0.1, 0.4, 0.2, 0.3]]
@@ -75,6 +76,20 @@ def test_units_without_any_choice_give_zero_and_no_nan(weigh: Weigh) -> None:
         assert x.grad is not None
         assert torch.isfinite(x.grad).all()
         assert x.grad[[0, 2]].abs().sum() == 0
+
+
+def test_weighing_an_empty_row_by_itself() -> None:
+    scores = Scores(logits=units(2, 4), probs=units(2, 4).softmax(-1))
+    expert = torch.tensor([[-1, -1], [3, -1]])
+    for weigh in (Renormalised(), SoftmaxKept(), Constant(), Raw(), Constant(value=2.0)):
+        weight = weigh.build()(scores, expert)
+        assert weight[0].tolist() == [0.0, 0.0]
+        assert weight[1, 1] == 0
+
+
+def test_small_probabilities_are_renormalised_too() -> None:
+    plan, _ = exact(Router(activation="sigmoid"), 3)(torch.tensor([[-20.0, -21.0, -30.0]]))
+    torch.testing.assert_close(plan.weight, torch.tensor([[1.0, math.exp(-1)]]) / (1 + math.exp(-1)))
 
 
 def test_probabilities_that_underflow_do_not_become_nan() -> None:
