@@ -12,7 +12,7 @@ from moestro.core.plan import Plan
 from moestro.core.stats import Stats
 from moestro.core.trail import Key, Record, Trail
 from moestro.report.page import Generated, ReportData
-from moestro.report.table import ModelResult, comparison
+from moestro.report.table import Line, Table
 from moestro.trace import Recording
 from moestro.trace.labels import CHARACTERS, PYTHON, character_labels, python_labels
 from moestro.trace.record import Recorder
@@ -87,19 +87,18 @@ def trace(
 
 def report(**changes) -> ReportData:
     rows = metrics()
-    sparse = [row for row in rows if row["model"] == "sparse"]
-    dense = [row for row in rows if row["model"] == "dense"]
+    lines = [
+        Line(quantity="validation, equal steps", values=(2.1243, 2.2143), unit="bits per byte", better="lower"),
+        Line(quantity="parameters", values=(4_230_144, 1_420_288), digits=None),
+        Line(quantity="speed", values=(13213, 15754), unit="training tokens / s", better="higher", digits=0),
+        Line(quantity="load entropy", values=(0.98, None), unit="1 = equal loads", digits=3),
+    ]
     values = dict(
         title="nano: a sparse decoder on Python's standard library",
         lead="4 layers, width 128, 8 experts of width 256, top-2, 400 steps of 4096 bytes, seed 0. Trained on 2 cores.",
         metrics=rows,
         trace=trace(),
-        comparison=comparison(
-            ModelResult(
-                name="sparse", rows=sparse, params=4_230_144, active_params=1_412_096, flops_per_token=3_021_312
-            ),
-            ModelResult(name="dense", rows=dense, params=1_420_288, active_params=1_420_288, flops_per_token=3_037_696),
-        ),
+        comparison=Table(title="both", models=("sparse", "dense"), lines=tuple(lines), notes=("after step 400",)),
         config={"model": {"dim": 128, "layers": [{"experts": 8}, {"experts": 8}]}, "lr": 0.001, "seed": 0},
         environment={"python": "3.11.2", "torch": "2.13.0", "cpu": "2 cores", "moestro": "0.1.0"},
         samples=[

@@ -1,4 +1,4 @@
-"""Curves of training: bits per byte against steps and time, throughput is in the summary table."""
+"""Curves of training: bits per byte against steps and against the seconds spent on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .draw import Picture, canvas, clip, series_colour, svg, thin
 
 __all__ = ["bits_per_byte", "runs_of"]
 
-_AXES = {"step": "training step", "seconds": "wall time (s)"}
+_AXES = {"step": "training step", "seconds": "training time (s)"}
 
 
 def runs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -38,7 +38,7 @@ def bits_per_byte(rows: Sequence[Mapping[str, Any]], against: str = "step", name
     if not curves:
         return None
     colours = {run: series_colour(i) for i, run in enumerate(dict.fromkeys(run for run, _, _ in curves))}
-    title = f"Bits per byte against {'steps' if against == 'step' else 'wall time'}"
+    title = f"Bits per byte against {'steps' if against == 'step' else 'training time'}"
     with canvas(5.1, 3.1) as figure:
         axes = figure.subplots()
         for run, split, points in curves:

@@ -14,6 +14,7 @@ from .draw import MOST_PANELS, Picture, canvas, clip, colour_bar, depth_colour, 
 
 __all__ = ["Characteristic", "characteristic_tokens", "coactivation_map", "kinds_map", "saturation_curve"]
 
+_NOUNS = {"python": "Python token"}  # what a kind of label is called in a sentence, where its name does not do
 Characteristic = tuple[str, int, list[tuple[int, int, float]]]
 
 
@@ -35,7 +36,8 @@ def kinds_map(trace: Trace, sample: Sample, kind: str, name: str = "kinds") -> P
     top = max(float(np.nanmax(s)) for s in shares)
     L, E = len(known), max(layer.num_experts for layer, _ in known)
     columns = 2 if L > 1 and E <= 16 else 1
-    title = f"Which kinds of {kind} each expert takes"
+    noun = _NOUNS.get(kind, kind)
+    title = f"Which kinds of {noun} each expert takes"
     with canvas(9.4, -(-L // columns) * (0.4 + 0.2 * len(seen)) + 0.6) as figure:
         grid = panels(figure, L, columns, sharey=True)
         image = None
@@ -58,7 +60,7 @@ def kinds_map(trace: Trace, sample: Sample, kind: str, name: str = "kinds") -> P
     ]
     return Picture(
         title=title,
-        caption=f"Of all choices made for one kind of {kind}, the percentage that fell on each expert (rows sum to "
+        caption=f"Of all choices made for one kind of {noun}, the percentage that fell on each expert (rows sum to "
         f"100); step {sample.step}, {len(labels)} tokens of {sample.name!r}. Information: how much knowing the expert "
         "tells of the kind, mutual information divided by the entropy of the kinds.",
         svg=drawn,
