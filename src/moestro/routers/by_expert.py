@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.signals import Signals
 from . import config as cfg
+from .order import descending, highest
 from .room import groups_of, share
 from .steps import Choice, Scores, SelectStep
 
@@ -37,10 +38,15 @@ class ExpertChoiceSelection(SelectStep):
         E, T, G = self.num_experts, x.shape[0], groups.count
         width = min(max(share(factor, groups.most, E, up=False), 1), groups.most)
         takes = torch.minimum(share(factor, groups.size, E, up=False).clamp_min(1), groups.size)
+        order = scores.order.detach().t().contiguous()  # [E, T]
+        if self.per == "batch":
+            order = order if scores.valid is None else order.masked_fill(~scores.valid, float("-inf"))
+            taken = torch.arange(width, device=x.device) < takes
+            return Choice(unit=torch.where(taken, highest(order, width), -1)[None])
 
         # per expert: by group, inside by probability, inside by unit; padding in a group of its own behind all others
         of = groups.of if scores.valid is None else torch.where(scores.valid, groups.of, G)
-        by_prob = torch.sort(scores.order.detach().t(), dim=1, descending=True, stable=True).indices
+        by_prob = descending(order)
         behind = torch.sort(of[by_prob], dim=1, stable=True)
         unit, group = by_prob.gather(1, behind.indices), behind.values
         start = groups.size.cumsum(0) - groups.size

@@ -11,10 +11,12 @@ __all__ = ["descending", "highest"]
 def highest(value: Tensor, k: int) -> Tensor:
     """[T, k] int64: indices of the k highest of each row, highest first; equal values (0 and -0 too) by lower index.
 
-    Shapes: value [T, E] fp32 or fp64, k <= E. NaN ranks above everything, -inf no higher than any finite number.
+    Shapes: value [T, E] fp32 or fp64, 0 <= k <= E. NaN ranks above everything, -inf no higher than any finite number.
     """
     assert k <= value.shape[1]
     value = value.detach()
+    if k == 0:
+        return value.new_empty((value.shape[0], 0), dtype=torch.int64)
     if k == 1:
         return value.argmax(dim=1, keepdim=True)
     if k <= (3 if value.shape[1] < 32 else 8):  # where repeated argmax is the fastest exact way on a CPU
