@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import tyro
 
 from ..core.errors import UserError, did_you_mean
+from ..train.presets import DEFAULT
 from .find import find
 from .override import override
 from .parse import Settings, parse
@@ -34,7 +35,7 @@ class Options:
     """Training tokens per second of a preset's sparse model, of its dense twin of equal active FLOPs per token, and of
     the same model with transformers' experts in place of ours: same weights, batches and optimiser, in turns."""
 
-    preset: tyro.conf.Positional[str] = "default"
+    preset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRESET")]] = DEFAULT
     """Preset, run folder or config.json."""
     rounds: int = 7
     """How often every contender has its turn."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ __all__ = ["Writer", "main"]
 class Options:
     """Continue a text with the model of a run. The new text goes to stdout as it is made."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """The run folder (RUN/dense for its dense twin)."""
     prompt: str
     """The text to continue; - reads it from stdin."""

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -28,7 +28,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class Options:
     """Parameters, active parameters, FLOPs and bytes of a model, layer by layer, without building it."""
 
-    name: tyro.conf.Positional[str]
+    name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
     """A preset or published model (moestro presets lists both), a run folder, or a config.json."""
     seq_len: int | None = None
     """Sequence length that attention is counted at; None = the run's, or a published model's context."""

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -33,7 +33,7 @@ BATCH = 16_384  # tokens of one forward pass, and of the tables in the trace
 class Options:
     """Run a trained model over any text; write its routing trace and a report about it."""
 
-    run: tyro.conf.Positional[str]
+    run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """The run folder (RUN/dense for its dense twin)."""
     data: str
     """A text file, or a folder with text files."""

@@ -44,7 +44,7 @@ def parse(
         if not stop.code:
             raise
         _refuse_unknown(options, args, verb, kwargs)
-        raise UserError(_first_sentence(said.getvalue())) from None
+        raise UserError(_first_sentence(said.getvalue(), verb)) from None
     if rest:
         _refuse_unknown(options, rest, verb, kwargs)
         raise UserError(f"unexpected argument {rest[0]!r}; {hint or f'see moestro {verb} --help'}")
@@ -77,15 +77,22 @@ def _nearest(flag: str, known: Sequence[str]) -> str:
     return f" (did you mean {ends[0]!r}?)" if ends else did_you_mean(flag, known)
 
 
-def _first_sentence(box: str) -> str:
+def _first_sentence(box: str, verb: str) -> str:
     """What tyro's framed message says above its first rule, in one line, with the expected form of the value."""
-    rows = [line.strip("│| \t") for line in box.splitlines()]
-    rows = [r for r in rows if r and not r.startswith(("╭", "╰"))]
+    lines = box.splitlines()
+    rows = [line.strip("│ \t") for line in lines if not line.startswith(("╭", "╰"))]
+    rows = [r for r in rows if r]
     rules = [i for i, r in enumerate(rows) if set(r) <= {"─", "-"}]
-    message = " ".join(rows[: rules[0]] if rules else rows)
+    if not box.startswith("╭") and rules[:1] == [1]:  # without box characters the title is a row with a rule below
+        rows, rules = rows[2:], [i - 2 for i in rules[1:]]
+    said = rows[: rules[0]] if rules else rows
+    if said and said[0].startswith("Missing from"):
+        names = [r for r in said[1:] if r.startswith("--") or r.isupper()]
+        return f"missing {', '.join(names)}; see moestro {verb} --help"
+    message = " ".join(said)
     wrong = re.match(r"Error parsing (--\S+): (.*)", message)
     if wrong is None:
-        return message or "bad arguments"
+        return message or f"bad arguments; see moestro {verb} --help"
     flag, why = wrong.groups()
     form = next((r for r in rows if r.startswith(flag + " ")), "")
     return f"{flag}: {why}" + (f" (expected {form})" if form else "")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union
 
 from .errors import UserError, did_you_mean
 
-__all__ = ["Config", "config"]
+__all__ = ["Config", "config", "find_type"]
 
 _TYPES: dict[str, type[Config]] = {}
 _HOMES = ("routers", "experts", "dispatch", "losses", "nn", "moe", "models", "optim", "tasks", "train", "trace")
@@ -97,7 +97,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _find(name: str, where: str) -> type[Config]:
+def find_type(name: str, where: str) -> type[Config]:
+    """The config class of this `type_name`. Raises `UserError` for an unknown one."""
     if name not in _TYPES and name.split(".")[0] in _HOMES:
         home = f"moestro.{name.split('.')[0]}.config"
         with contextlib.suppress(ModuleNotFoundError):
@@ -110,7 +111,7 @@ def _find(name: str, where: str) -> type[Config]:
 def _read_config(data: Any, base: type[Config], where: str) -> Config:
     if not isinstance(data, dict):
         raise UserError(f"{where}: expected an object for {base.__name__}, found {_show(data)}")
-    cls = _find(str(data["type"]), where) if "type" in data else base
+    cls = find_type(str(data["type"]), where) if "type" in data else base
     if not issubclass(cls, base):
         raise UserError(f"{where}: {cls.__name__} is no {base.__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

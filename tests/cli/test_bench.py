@@ -1,0 +1,135 @@
+"""Measuring: what is compared is the same step, and figures are computed right. No test looks at a clock."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moestro.bench import peers
+from moestro.bench.timing import interleave, ratio, spread
+from moestro.bench.train import AGREEMENT, agreement, measure
+from moestro.cli import bench as verb
+from moestro.moe.layer import MoELayer
+from moestro.routers.config import Capacity, Router
+from moestro.tasks.config import Text
+from moestro.train.config import TrainRun
+from moestro.train.presets import preset
+
+from .conftest import Trained, command
+
+
+@pytest.fixture
+def tiny(trained: Trained) -> TrainRun:
+    data = Text(path=str(trained.text), cache=str(trained.text.parent / "cache"))
+    return preset("tiny").replace(data=data, device="cpu")
+
+
+def test_every_round_runs_everyone_once_from_another_start() -> None:
+    seen: list[str] = []
+    now = [0.0]
+
+    def take(name: str, seconds: float):
+        def call() -> None:
+            seen.append(name)
+            now[0] += seconds
+
+        return call
+
+    found = interleave({"a": take("a", 1.0), "b": take("b", 2.0)}, rounds=3, warmup=1, clock=lambda: now[0])
+    assert "".join(seen) == "ab" + "ba" + "ab" + "ba"
+    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert ratio(found, "a", "b").median == 2.0  # a is twice as fast
+
+
+def test_spread() -> None:
+    s = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (s.least, s.low, s.median, s.high, s.most) == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert spread([2.0]).low == 2.0
+    # rounds are compared with each other: one slow minute of the machine does not move the ratio
+    assert ratio({"a": [1.0, 10.0], "b": [2.0, 20.0]}, "a", "b").least == 2.0
+
+
+def test_record_of_a_race(tiny: TrainRun) -> None:
+    record = measure(tiny, rounds=1, steps=1, against=("grouped_mm", "eager"))
+    assert json.loads(json.dumps(record)) == record
+    assert list(record["rows"]) == ["sparse", "dense twin", "grouped_mm", "eager"]
+    for name in ("grouped_mm", "eager"):
+        assert record["rows"][name]["worst"] <= AGREEMENT
+    for row in record["rows"].values():
+        parts = row["experts_seconds"] + row["attention_seconds"] + row["rest_seconds"]
+        assert parts == pytest.approx(row["step_seconds"])
+        assert row["experts_seconds"] > 0
+    assert set(record["ratios"]) == {"dense twin", "grouped_mm"}  # eager is shown, never compared with
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    assert record["peak_memory"]["process"] > 1 << 20
+
+
+def test_another_result_is_no_peer() -> None:
+    ours = {"layers.0.ffn.experts.gate_up": torch.ones(4), "nats": torch.tensor(1.0)}
+    theirs = {"layers.0.ffn.experts.gate_up_proj": torch.ones(4), "nats": torch.tensor(1.0)}
+    assert agreement(ours, theirs)["agrees"]
+    theirs["layers.0.ffn.experts.gate_up_proj"][2] += 1e-3
+    found = agreement(ours, theirs)
+    assert not found["agrees"]
+    assert found["where"] == "layers.0.ffn.experts.gate_up"
+    theirs["layers.0.ffn.experts.gate_up_proj"][2] = float("nan")
+    assert not agreement(ours, theirs)["agrees"]
+    assert not agreement(ours, {"nats": torch.tensor(1.0)})["agrees"]
+
+
+def test_a_peer_that_cannot_do_it_says_so(tiny: TrainRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = tiny.model.moe
+    assert layer is not None
+    limited = tiny.model.replace(moe=layer.replace(router=Router(limit=Capacity(factor=1.0))))
+    record = measure(tiny.replace(model=limited), rounds=1, steps=1, against=("grouped_mm",))
+    assert "absent" in record["rows"]["grouped_mm"]
+    assert "grouped_mm" not in record["ratios"]
+
+    def missing(like: MoELayer, implementation: str) -> nn.Module:
+        raise peers.Absent("transformers is not installed")
+
+    monkeypatch.setattr(peers, "_experts", missing)
+    record = measure(tiny, rounds=1, steps=1, against=("grouped_mm",))
+    assert record["rows"]["grouped_mm"] == {"absent": "transformers is not installed"}
+
+
+def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import moestro.bench.train as module
+
+    made = measure(tiny, rounds=1, steps=1, against=("grouped_mm",))
+    asked: dict[str, object] = {}
+
+    def measured(run: TrainRun, rounds: int, steps: int, say: object) -> object:
+        asked.update(run=run, rounds=rounds, steps=steps)
+        made["rows"] |= {"eager": {"absent": "not here"}, "batched_mm": {"agrees": False, "where": "x", "worst": 1.0}}
+        return made
+
+    monkeypatch.setattr(module, "measure", measured)
+    out = tmp_path / "a" / "b"
+    status, printed, err = command(
+        *("bench", "train", str(trained.folder), "--rounds", "2", "--seed", "5", "--json", "--out", str(out))
+    )
+    assert status == 0, err
+    assert json.loads(printed) == json.loads((out / "bench-train.json").read_text()) == made
+    assert isinstance(asked["run"], TrainRun)
+    assert (asked["run"].seed, asked["rounds"], asked["steps"]) == (5, 2, 3)
+    for part in ("sparse", "dense twin", "not run: not here", "gradients differ", "peak memory", "times as fast as"):
+        assert part in err
+
+
+@pytest.mark.parametrize("line", [("bench",), ("bench", "--help"), ("bench", "train", "--help")])
+def test_help(line: tuple[str, ...]) -> None:
+    status, out, _ = command(*line)
+    assert status == 0
+    assert "usage: moestro bench train" in out
+
+
+def test_unknown_measurement() -> None:
+    status, _, err = command("bench", "trian")
+    assert status == 2
+    assert "did you mean 'train'" in err
+    assert verb.KINDS == ("train",)
