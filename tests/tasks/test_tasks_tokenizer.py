@@ -12,7 +12,8 @@ from moestro.core.errors import UserError
 from moestro.tasks import Text
 from moestro.tasks.corpus import prepare
 from moestro.tasks.labelling import Labels
-from moestro.tasks.tokenizer import Bytes, read_tokenizer
+from moestro.tasks.tokenizer import Bytes
+from moestro.tasks.tokenizer_file import read_tokenizer
 
 TEXT = "def größe(x):\n    return '€😀' + x  # naïve\n" * 30
 

@@ -24,7 +24,7 @@ from ..models.twin import dense_twin
 from ..moe.layer import MoELayer
 from ..tasks.batches import Batches
 from ..tasks.corpus import cache_folder, prepare
-from ..tasks.tokenizer import read_tokenizer
+from ..tasks.tokenizer_file import read_tokenizer
 from ..train.config import TrainRun
 from ..train.ranks import joined
 from . import peers

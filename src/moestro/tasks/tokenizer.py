@@ -1,18 +1,15 @@
-"""Tokenizers: text to ids and back. Bytes here; files of Hugging Face's tokenizers in `tokenizer_file`."""
+"""Tokenizers: text to ids and back. Bytes here; those read from files in `tokenizer_file`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..core.errors import UserError
-
-__all__ = ["Bytes", "Encoded", "Tokenizer", "read_tokenizer"]
+__all__ = ["Bytes", "Encoded", "Tokenizer"]
 
 
 class Encoded(NamedTuple):
@@ -54,21 +51,3 @@ class Bytes:
 
     def to_json(self) -> str:
         return json.dumps({"moestro": "bytes", "vocab_size": 256, "separator": 0}) + "\n"
-
-
-def read_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a JSON file (ours for bytes, or one of Hugging Face's tokenizers); "" = bytes."""
-    if not str(path):
-        return Bytes()
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        data = json.loads(text)
-    except OSError as error:
-        raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror}); check the path") from None
-    except ValueError:
-        raise UserError(f"{path}: no JSON; a tokenizer is a tokenizer.json of Hugging Face's tokenizers") from None
-    if isinstance(data, dict) and data.get("moestro") == "bytes":
-        return Bytes()
-    from .tokenizer_file import FileTokenizer
-
-    return FileTokenizer(text, str(path))

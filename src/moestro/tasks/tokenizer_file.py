@@ -1,16 +1,18 @@
-"""Tokenizers from files of Hugging Face's `tokenizers`, an optional dependency that only this file needs."""
+"""Tokenizers from files: ours for bytes, or Hugging Face's `tokenizers`, which only this file needs."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ..core.errors import UserError
-from .tokenizer import Encoded
+from .tokenizer import Bytes, Encoded, Tokenizer
 
-__all__ = ["FileTokenizer"]
+__all__ = ["FileTokenizer", "read_tokenizer"]
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]", "<|im_end|>")
 
@@ -24,14 +26,14 @@ class FileTokenizer:
 
     def __init__(self, text: str, name: str) -> None:
         try:
-            from tokenizers import Tokenizer
+            import tokenizers
         except ImportError:
             raise UserError(
                 f"{name}: tokenizer files need the package tokenizers; pip install 'moestro[tokenizers]', "
                 "or leave the tokenizer out to train on bytes"
             ) from None
         try:
-            self._inner = Tokenizer.from_str(text)
+            self._inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:
             raise UserError(f"{name}: no tokenizer of Hugging Face's tokenizers ({error})") from None
         self._inner.no_truncation()
@@ -71,3 +73,19 @@ class FileTokenizer:
 
     def to_json(self) -> str:
         return self._text
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a JSON file (ours for bytes, or one of Hugging Face's tokenizers); "" = bytes."""
+    if not str(path):
+        return Bytes()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text)
+    except OSError as error:
+        raise UserError(f"{path}: the tokenizer cannot be read ({error.strerror}); check the path") from None
+    except ValueError:
+        raise UserError(f"{path}: no JSON; a tokenizer is a tokenizer.json of Hugging Face's tokenizers") from None
+    if isinstance(data, dict) and data.get("moestro") == "bytes":
+        return Bytes()
+    return FileTokenizer(text, str(path))

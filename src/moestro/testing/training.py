@@ -42,7 +42,7 @@ def check_counts(counts: Counting, tokens: int) -> None:
         _same_counts(way, counts(**kwargs), want)
     for path, count in counts(cast=True).items():
         if count.dtype != torch.int64 or int(count.sum()) != tokens:
-            raise AssertionError(f"counts of {path} after a cast to bf16: {count.dtype}, {float(count.sum())} choices")
+            raise AssertionError(f"counts of {path} after a cast to bf16: {count.dtype}, {float(count.sum())} in all")
 
 
 def _same_counts(way: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ def _same_counts(way: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]
 
 
 def check_norm(norm: Callable[[list[Tensor]], float]) -> None:
-    """The norm of one set of gradients does not depend on how they are cut into tensors, or in which order they come."""
+    """The norm of one set of gradients depends neither on how they are cut into tensors nor on their order."""
     generator = torch.Generator().manual_seed(0)
     bank = torch.randn(4, 6, 5, generator=generator)
     router = torch.randn(4, 5, generator=generator) * 10

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
-from ..tasks.tokenizer import Tokenizer, read_tokenizer
+from ..tasks.tokenizer import Tokenizer
+from ..tasks.tokenizer_file import read_tokenizer
 from . import manifest as manifests
 from .config import TrainRun
 from .files import read_json, read_tensors

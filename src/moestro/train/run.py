@@ -19,7 +19,8 @@ from ..tasks.config import Text
 from ..tasks.corpus import Corpus, cache_folder, open_corpus, prepare, skipped_line, writable
 from ..tasks.labelling import Labels
 from ..tasks.source import Source
-from ..tasks.tokenizer import Tokenizer, read_tokenizer
+from ..tasks.tokenizer import Tokenizer
+from ..tasks.tokenizer_file import read_tokenizer
 from ..trace.record import Recorder
 from . import manifest as manifests
 from . import settings
