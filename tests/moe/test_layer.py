@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -542,6 +543,23 @@ def test_deep_copies_use_their_own_experts() -> None:
         other.shared.down.zero_()
     assert torch.equal(layer(tokens())[0], want)
     assert not other(tokens())[0].any()
+
+
+def test_another_bank_in_its_place_is_used() -> None:
+    """What adapters and sharding do: put something else where the experts were."""
+    layer = build(exchange=Capacity(), router=router_examples()["capacity"])
+    layer.experts = ModuleBank(lambda e: nn.Linear(D, D), D, E)
+    with torch.no_grad():
+        for p in layer.experts.parameters():
+            p.zero_()
+    assert not layer(tokens())[0].any()
+
+
+def test_layers_can_be_pickled() -> None:
+    layer = build(shared=Gated(width=4))
+    again = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(again(tokens())[0], layer(tokens())[0])
+    assert again.exchange.inner.owner is again
 
 
 def test_meta_device_then_real() -> None:
