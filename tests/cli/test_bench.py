@@ -12,7 +12,7 @@ from torch import nn
 from moestro.bench import peers
 from moestro.bench.timing import interleave, ratio, spread
 from moestro.bench.train import AGREEMENT, agreement, measure
-from moestro.cli import bench as verb
+from moestro.cli.bench import KINDS
 from moestro.moe.layer import MoELayer
 from moestro.routers.config import Capacity, Router
 from moestro.tasks.config import Text
@@ -121,15 +121,29 @@ def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pyt
         assert part in err
 
 
-@pytest.mark.parametrize("line", [("bench",), ("bench", "--help"), ("bench", "train", "--help")])
+@pytest.mark.parametrize(
+    "line", [("bench",), ("bench", "--help"), ("bench", "train", "--help"), ("bench", "seeds", "--help")]
+)
 def test_help(line: tuple[str, ...]) -> None:
     status, out, _ = command(*line)
     assert status == 0
-    assert "usage: moestro bench train" in out
+    assert "usage: moestro bench" in out
 
 
 def test_unknown_measurement() -> None:
     status, _, err = command("bench", "trian")
     assert status == 2
     assert "did you mean 'train'" in err
-    assert verb.KINDS == ("train",)
+    assert list(KINDS) == ["train", "seeds"]
+
+
+def test_seeds(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    line = ("bench", "seeds", str(trained.folder), "--out", str(out), "--set", "steps=2", "--seeds", "1", "2", "--json")
+    status, printed, err = command(*line)
+    assert status == 0, err
+    record = json.loads(printed)
+    assert record == json.loads(out.read_text())
+    assert list(record["seeds"]) == ["1", "2"]
+    assert "sparse minus dense at equal steps" in err
+    assert "seed 2: recorded already" in command(*line)[2]
