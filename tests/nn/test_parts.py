@@ -10,6 +10,7 @@ from torch import nn
 
 from moestro.core.errors import UserError
 from moestro.core.params import ParamInfo, describe
+from moestro.models.examples import examples
 from moestro.nn import Attention, FeedForward, RMSNorm
 from moestro.nn.init import initialise
 from moestro.ops.expert_mlp.naive import gated_mlp
@@ -130,3 +131,16 @@ def test_roles() -> None:
     assert not infos["mixer.q_norm.weight"].decay
     assert not infos["mixer.q.bias"].decay
     assert infos["ffn.gate_up"].parts == ("gate", "up")
+
+
+def test_initial_values_by_the_number_of_inputs():
+    model = examples()["moe"].replace(init_std=None, dim=64, init_depth_scaled=False).build()
+    layer = model.layers[0]
+    for parameter, want in (
+        (model.embed.weight, 1.0),
+        (model.head.weight, 64**-0.5),
+        (layer.ffn.router.score.weight, 64**-0.5),
+        (layer.ffn.experts.gate_up, 64**-0.5),
+        (layer.ffn.experts.down, 12**-0.5),
+    ):
+        assert float(parameter.detach().std()) == pytest.approx(want, rel=0.1)

@@ -61,8 +61,8 @@ class Decoder(Config):
     """Recompute every block in the backward pass; routing decisions are kept."""
     allow_noncausal: bool = False
     """Accept routers that look at later tokens (generation then differs from training)."""
-    init_std: float = 0.02
-    """Standard deviation of initial matrices."""
+    init_std: float | None = 0.02
+    """Standard deviation of initial matrices; null = 1 / sqrt(inputs) for each, and 1 for embeddings."""
     init_depth_scaled: bool = True
     """Divide it by sqrt(2 num_layers) for matrices that write into the residual stream (GPT-2)."""
     seed: int = 0

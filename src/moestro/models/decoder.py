@@ -37,7 +37,7 @@ class Embedding(nn.Embedding):
         return h if self.scale is None else h * self.scale
 
     def param_info(self) -> dict[str, ParamInfo]:
-        return {"weight": ParamInfo(role="embedding", matrix_axes=(0, 1))}
+        return {"weight": ParamInfo(role="embedding", matrix_axes=(0, 1), decay=False)}
 
 
 class Head(nn.Linear):

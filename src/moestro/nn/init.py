@@ -28,11 +28,11 @@ def _logical(name: str) -> str:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int = 0, std: float = 0.02, residual_branches: int | None = None) -> None:
+def initialise(model: nn.Module, seed: int = 0, std: float | None = 0.02, residual_branches: int | None = None) -> None:
     """Give every parameter its initial value.
 
-    Matrices are normal with `ParamInfo.init_std` or `std`, gains one, biases zero; vectors of any other kind without an
-    init_std keep what their module gave them. Each parameter draws from a generator of its own, seeded with a hash of
+    Matrices are normal with `ParamInfo.init_std` or `std` (None = 1 / sqrt(inputs), and 1 for embeddings), gains one,
+    biases zero; vectors of any other kind without an init_std keep what their module gave them. Each parameter draws from a generator of its own, seeded with a hash of
     (seed, full name), in fp32 on the CPU: parameters of equal name and shape are equal in two different models, on any
     device.
     With `residual_branches` N, matrices named in `OUTPUTS` are scaled by 1 / sqrt(N) (GPT-2; N = 2 L for a decoder).
@@ -50,12 +50,26 @@ def initialise(model: nn.Module, seed: int = 0, std: float = 0.02, residual_bran
             parameter.copy_(value)
 
 
-def _value(name: str, parameter: Tensor, info: ParamInfo, seed: int, std: float, scale: float) -> Tensor | None:
+def _value(name: str, parameter: Tensor, info: ParamInfo, seed: int, std: float | None, scale: float) -> Tensor | None:
     if info.ones:
         return torch.ones(parameter.shape)
     if info.init_std == 0 or _logical(name).endswith("bias"):
         return torch.zeros(parameter.shape)
     if parameter.ndim < 2 and info.matrix_axes is None and info.init_std is None:
         return None
-    width = std * scale if info.init_std is None else info.init_std
+    if info.init_std is not None:
+        width = info.init_std
+    else:
+        width = scale * (_by_inputs(parameter, info) if std is None else std)
     return torch.empty(parameter.shape).normal_(0.0, width, generator=_generator(seed, name))
+
+
+def _by_inputs(parameter: Tensor, info: ParamInfo) -> float:
+    """The standard deviation that keeps the size of what passes: 1 / sqrt(inputs); 1 for embeddings, which add nothing.
+
+    Banks of unequal widths describe no matrix; their blocks read the last axis.
+    """
+    if info.role == "embedding":
+        return 1.0
+    inputs = parameter.shape[info.matrix_axes[1] if info.matrix_axes else -1]
+    return 1 / math.sqrt(max(1, inputs))

@@ -35,6 +35,7 @@ def _stdlib() -> TrainRun:
                 losses=(SwitchBalance(coefficient=0.01), ZLoss(coefficient=1e-4), RoutingEntropy(coefficient=0.0)),
             ),
             context=256,
+            init_std=None,
         ),
         optimizer=AdamW(lr=8e-3),
         steps=2000,
