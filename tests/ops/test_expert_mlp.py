@@ -22,6 +22,13 @@ COUNTS = {
 D, F = 8, 12
 
 
+@pytest.fixture(params=["by expert", "whole products"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs through both implementations; sizes decide between them."""
+    monkeypatch.setattr(stacked, "CACHED", 0 if request.param == "by expert" else 10**9)
+    return request.param
+
+
 def gated(E: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [randn(E, 2 * F, D, seed=1, dtype=dtype), randn(E, D, F, seed=2, dtype=dtype)]
 
@@ -104,11 +111,10 @@ def test_flat_layout_of_equal_widths_is_the_stacked_one() -> None:
     assert_close("flat", other, one, 1e-6)
 
 
-@pytest.mark.parametrize("backend", [loop, fused], ids=["loop", "grouped_mm"])
 @pytest.mark.parametrize("counts", [c for c in COUNTS if c != "no rows"])
-def test_through_whole_grouped_products(backend: object, counts: str) -> None:
-    """The implementation for other devices."""
-    offsets, E = bounds(*COUNTS[counts]), len(COUNTS[counts])
+def test_whole_products_through_the_loop(counts: str) -> None:
+    """What other devices fall back to."""
+    offsets, E, backend = bounds(*COUNTS[counts]), len(COUNTS[counts]), loop
     x = randn(int(offsets[-1]), D)
     compare(
         ["rows", "gate_up", "down"],
@@ -264,13 +270,26 @@ def test_saved_for_the_backward_pass() -> None:
     sizes: list[int] = []
 
     def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in known:
+        if t.untyped_storage().data_ptr() not in known and t.is_floating_point():
             sizes.append(t.numel())
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         gated_mlp(inputs[0], inputs[1], inputs[2], offsets)
     assert sum(sizes) == 50 * 2 * F
+
+
+def test_sizes_decide(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(rows: int, D: int, F: int, E: int, dtype: torch.dtype = torch.float32) -> bool:
+        gate_up, down = torch.empty(E, 2 * F, D, dtype=dtype), torch.empty(E, D, F, dtype=dtype)
+        return stacked.whole_products(torch.empty(rows, D, dtype=dtype), gate_up, down) is fused
+
+    monkeypatch.undo()
+    assert chosen(4096, 64, 128, 32)
+    assert not chosen(8192, 128, 256, 8)
+    assert not chosen(0, 64, 128, 32)
+    assert not chosen(64, 64, 130, 32)  # rows of 520 bytes
+    assert not chosen(64, 64, 128, 32, torch.float64)
 
 
 def test_errors() -> None:

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped import Spec, choose
 from ..precision import autocast_off, operands
 from .activations import activation_named
 from .shapes import Groups, blocks, check_gated
-from .stacked import StackedGated
+from .stacked import StackedGated, whole_products
 
 __all__ = ["gated_mlp"]
 
@@ -108,7 +107,7 @@ def gated_mlp(
     """
     check_gated(rows, gate_up, down, offsets, widths)
     rows, gate_up, down = operands("gated_mlp", rows, gate_up, down)
-    if rows.device.type == "cpu" or widths is not None:
+    backend = None if widths is not None else whole_products(rows, gate_up, down)
+    if backend is None:
         return _Gated.apply(rows, gate_up, down, offsets, activation, widths)  # type: ignore[return-value]
-    backend = choose(Spec.of(rows, gate_up), Spec.of(rows, down))
     return StackedGated.apply(rows, gate_up, down, offsets, activation, backend)  # type: ignore[return-value]

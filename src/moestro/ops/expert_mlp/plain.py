@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..grouped import Spec, choose
 from ..precision import autocast_off, operands
 from .activations import activation_named
 from .shapes import Groups, blocks, check_mlp
-from .stacked import StackedMlp
+from .stacked import StackedMlp, whole_products
 
 __all__ = ["mlp"]
 
@@ -112,7 +111,7 @@ def mlp(
     """
     check_mlp(rows, up, down, offsets, up_bias, down_bias)
     rows, up, down, up_bias, down_bias = operands("mlp", rows, up, down, up_bias, down_bias)
-    if rows.device.type == "cpu":
+    backend = whole_products(rows, up, down)
+    if backend is None:
         return _Mlp.apply(rows, up, down, offsets, activation, up_bias, down_bias)  # type: ignore[return-value]
-    backend = choose(Spec.of(rows, up), Spec.of(rows, down))
     return StackedMlp.apply(rows, up, down, offsets, activation, up_bias, down_bias, backend)  # type: ignore[return-value]

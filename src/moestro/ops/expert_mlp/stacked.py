@@ -1,4 +1,4 @@
-"""Gated experts through whole grouped products: few calls, for devices where calls are dear."""
+"""Experts through whole grouped products: few calls, for devices where calls are dear and for little work per expert."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..grouped import Spec, choose, fused
 from ..grouped.choose import Backend
 from ..precision import autocast_off
 from .activations import activation_named
 
-__all__ = ["StackedGated", "StackedMlp"]
+__all__ = ["StackedGated", "StackedMlp", "whole_products"]
+
+# Hidden values per expert from which going expert by expert is faster on a CPU, because they stay in cache. Measured
+# forward and backward in fp32 (D 64-512, F 64-256, E 8-64, 8 to 1024 rows per expert; time by expert over time of whole
+# products): 2.1 at 1024 values, 1.4 at 4096, 1.02-1.06 at 16k-32k, 0.89-0.98 at 64k and more.
+CACHED = 2**16
+
+
+def whole_products(rows: Tensor, first: Tensor, down: Tensor) -> Backend | None:
+    """The backend for whole products over rows [R, D] and banks [E, *, D], [E, D, F], or None: one expert at a time."""
+    specs = Spec.of(rows, first), Spec.of(rows, down)
+    if rows.device.type != "cpu":
+        return choose(*specs)
+    small = rows.shape[0] * down.shape[2] < CACHED * down.shape[0]
+    return fused if small and choose(*specs) is fused else None  # type: ignore[return-value]
 
 
 class StackedGated(torch.autograd.Function):

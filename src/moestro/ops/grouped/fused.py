@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from . import loop
 from .spec import Spec
 
 __all__ = ["columns", "outer", "products", "supported", "transposed_products"]
@@ -64,7 +65,9 @@ def outer(grad: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
 
 
 def columns(grad: Tensor, offsets: Tensor) -> Tensor:
-    """[R, O] -> [E, O]: the sums of each expert's rows, as a product with ones, summed in fp32."""
+    """[R, O] -> [E, O]: the sums of each expert's rows; off the CPU as a product with ones, summed in fp32."""
+    if grad.device.type == "cpu":
+        return loop.columns(grad, offsets)
     ones = grad.new_ones(grad.shape[0], _ALIGNMENT // grad.element_size())
     return outer(grad, ones, offsets)[:, :, 0]
 
