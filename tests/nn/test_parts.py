@@ -143,4 +143,5 @@ def test_initial_values_by_the_number_of_inputs():
         (layer.ffn.experts.gate_up, 64**-0.5),
         (layer.ffn.experts.down, 12**-0.5),
     ):
-        assert float(parameter.detach().std()) == pytest.approx(want, rel=0.1)
+        four_sigma = 4 / math.sqrt(2 * parameter.numel())
+        assert float(parameter.detach().std()) == pytest.approx(want, rel=four_sigma)

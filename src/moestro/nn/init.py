@@ -32,9 +32,9 @@ def initialise(model: nn.Module, seed: int = 0, std: float | None = 0.02, residu
     """Give every parameter its initial value.
 
     Matrices are normal with `ParamInfo.init_std` or `std` (None = 1 / sqrt(inputs), and 1 for embeddings), gains one,
-    biases zero; vectors of any other kind without an init_std keep what their module gave them. Each parameter draws from a generator of its own, seeded with a hash of
-    (seed, full name), in fp32 on the CPU: parameters of equal name and shape are equal in two different models, on any
-    device.
+    biases zero; vectors of any other kind without an init_std keep what their module gave them. Each parameter draws
+    from a generator of its own, seeded with a hash of (seed, full name), in fp32 on the CPU: parameters of equal name
+    and shape are equal in two different models, on any device.
     With `residual_branches` N, matrices named in `OUTPUTS` are scaled by 1 / sqrt(N) (GPT-2; N = 2 L for a decoder).
     Raises `UserError` for a model on the meta device.
     """
