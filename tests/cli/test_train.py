@@ -216,6 +216,16 @@ def test_bars_show_the_figures() -> None:
         assert part in shown
 
 
+def test_bars_fit_a_terminal_of_80_columns() -> None:
+    stream = io.StringIO()
+    bars = Bars(Console(file=stream, force_terminal=True, width=80, highlight=False))
+    bars.on_start([ARM], {})
+    bars.on_step(info(157, load_entropy=0.987))
+    bars.close()
+    assert "loss 2.5000 b/B 3.2500 tok/s 12.3k 1:15 load 0.987" in stream.getvalue()
+    assert "157/200" in stream.getvalue()
+
+
 def test_module_and_torchrun_environment(tmp_path: Path) -> None:
     """`python -m moestro` is the command; a wrong argument is one line there too, and no torch is loaded for it."""
     done = subprocess.run(

@@ -16,6 +16,8 @@ from .style import count, duration
 __all__ = ["Bars", "Lines", "Watcher", "watcher"]
 
 EVERY = 5.0  # seconds between plain lines
+NARROW = 100  # columns below which names of figures are shortened
+SHORT = {"bits/byte": "b/B", "tokens/s": "tok/s", "left": ""}
 
 
 class Watcher(Observer):
@@ -90,7 +92,10 @@ class Bars(Watcher):
 
     def on_step(self, info: StepInfo) -> None:
         if self.progress is not None:
-            text = "  ".join(f"{name} {value}" for name, value in figures(info).items() if value)
+            shown = {name: value for name, value in figures(info).items() if value}
+            if self.console.width < NARROW:
+                shown = {SHORT.get(name, name): value for name, value in shown.items()}
+            text = ("  " if self.console.width >= NARROW else " ").join(f"{n} {v}".strip() for n, v in shown.items())
             self.progress.update(self.tasks[info.arm], completed=info.step, figures=text)
 
     def on_eval(self, arm: str, row: Mapping[str, Any]) -> None:
