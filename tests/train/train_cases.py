@@ -37,6 +37,7 @@ def tiny(folder: Path, **changes: Any) -> TrainRun:
         optimizer=AdamW(lr=3e-3),
         twin=False,
         report=False,
+        tensorboard=False,
         steps=12,
         batch_size=6,
         seq_len=16,

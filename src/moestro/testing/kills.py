@@ -61,7 +61,7 @@ def cases(folder: Path, steps: int, report: bool = False) -> dict[str, TrainRun]
     tiny = preset("tiny").replace(
         data=data, steps=steps, threads=1, eval_every=max(2, steps // 4), save_every=2, eval_windows=8, seq_len=16
     )
-    tiny = tiny.replace(report=report)
+    tiny = tiny.replace(report=report, tensorboard=report)
     layer = tiny.model.moe
     assert isinstance(layer, MoELayer)
     assert isinstance(layer.router, Router)
@@ -141,7 +141,9 @@ def _disturb(
 
 def main(args: Sequence[str]) -> int:
     """Kill and compare until there were `--n` kills; returns 0 when every run came out equal."""
-    parser = argparse.ArgumentParser(prog="python -m moestro.testing.kills", description="Kill a training at random moments")
+    parser = argparse.ArgumentParser(
+        prog="python -m moestro.testing.kills", description="Kill a training at random moments"
+    )
     parser.add_argument("--n", type=int, default=5, help="kills in total")
     parser.add_argument("--steps", type=int, default=40, help="steps of every run")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")

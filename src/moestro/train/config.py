@@ -52,6 +52,8 @@ class TrainRun(Config):
     """What the routing trace keeps."""
     report: bool = True
     """Write report.html at the end."""
+    tensorboard: bool = True
+    """Write TensorBoard logs into the run folder, where tensorboard is installed."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = a GPU where there is one. On GPUs, matrix products run in bf16 by autocast."""
     threads: int = 0

@@ -16,27 +16,25 @@ __all__ = ["Metrics", "read_rows"]
 
 
 class Metrics:
-    """The growing file. It is opened at the first row; `size` bytes of what is there are kept."""
+    """The growing file; `size` bytes of what is there are kept. It is open only while a row is written."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self.path = path
         if path.exists():
             os.truncate(path, size)
-        self._file = path.open("ab", buffering=0)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it is with the system (not yet on the disk) when this returns."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
-        if self._file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        with self.path.open("ab", buffering=0) as file:
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def seal(self) -> Seal:
         """Bring everything to the disk; returns the seal of the file as it is now."""
-        os.fsync(self._file.fileno())
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
         return seal(self.path)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def read_rows(path: Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

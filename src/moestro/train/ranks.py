@@ -6,9 +6,11 @@ statistics and counts in one flat float64 message (exact for counts up to 2^53),
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -139,22 +141,30 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone. device: as in `TrainRun.device`."""
+    """The ranks that torchrun started, or this process alone. device: as in `TrainRun.device`.
+
+    A process group that is made here stays until the process ends: torchrun's store serves one group only.
+    """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device, local)
     if world == 1:
         yield Ranks(device=chosen)
         return
-    ours = not dist.is_initialized()
-    if ours:
+    if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local, chosen)
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    yield Ranks(dist.get_rank(), dist.get_world_size(), local, chosen)
+
+
+def _leave() -> None:
+    """Close the process group. A thread of gloo may still hold the last message's tensor and needs the interpreter to
+    let go of it: without the pause it can meet one that is shutting down, and abort a process that did all it had to.
+    """
+    time.sleep(0.1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(said: str, local: int) -> str:

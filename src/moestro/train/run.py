@@ -29,7 +29,7 @@ from .compare import Line, table
 from .config import TrainRun
 from .files import read_json
 from .layout import Layout, claim, is_run
-from .observe import Observer
+from .observe import Observer, Several
 from .ranks import Ranks, joined
 from .save import Store, read_state
 from .stop import Stop, listening
@@ -89,8 +89,8 @@ def run(
     with joined(config.device) as ranks, _own_randomness(), _threads(config.threads), listening() as stop:
         layout = Layout(ranks.agree(Path(out) if out is not None else _default(name)))
         ranks.together(lambda: claim(layout.root, resume))
-        training = _Run(config, layout, resume, ranks, observer if ranks.first else Observer(), command)
-        with contextlib.closing(training):
+        with _watched(observer, config.tensorboard, ranks) as watched:
+            training = _Run(config, layout, resume, ranks, watched, command)
             return training.go(stop)
 
 
@@ -101,21 +101,13 @@ class _Run:
         self.layout, self.ranks, self.observer, self.command = layout, ranks, observer, command
         recorded = _recorded(layout.root) if resume and layout.manifest.is_file() else None
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
-        try:
-            self._prepare(config, recorded)
-        except BaseException:
-            self.close()
-            raise
-
-    def _prepare(self, config: TrainRun, recorded: TrainRun | None) -> None:
-        """Open the text; settle the config, which a resumed run may have changed only so far."""
         self.tokenizer, self.corpus = self._text(config, recorded)
         model = config.model.replace(vocab_size=self.tokenizer.vocab_size, seed=config.seed)
         self.config = config.replace(model=model)
         if recorded is not None:
-            found = settings.check(recorded, self.config, manifests.read(self.layout.root).step)
+            found = settings.check(recorded, self.config, manifests.read(layout.root).step)
             if found:
-                self.observer.on_message(f"resumed with other settings: {'; '.join(map(str, found))}")
+                observer.on_message(f"resumed with other settings: {'; '.join(map(str, found))}")
 
     def go(self, stop: Stop) -> Result:
         """Train, and finish."""
@@ -229,10 +221,6 @@ class _Run:
             self.observer.on_end(result)
         return result
 
-    def close(self) -> None:
-        for store in self.stores.values():
-            store.metrics.close()
-
     # Text ---------------------------------------------------------------------------------------------------------
 
     def _text(self, config: TrainRun, recorded: TrainRun | None) -> tuple[Tokenizer, Corpus]:
@@ -269,6 +257,21 @@ def _recorded(root: Path) -> TrainRun:
 
 def _default(name: str) -> Path:
     return Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{name}"
+
+
+@contextlib.contextmanager
+def _watched(observer: Observer, tensorboard: bool, ranks: Ranks) -> Iterator[Observer]:
+    """Who is told: on the first rank the given observer, and TensorBoard where it is wanted and installed."""
+    if not ranks.first:
+        yield Observer()
+        return
+    from .tensorboard import TensorBoard, installed
+
+    if not (tensorboard and installed()):
+        yield observer
+        return
+    with contextlib.closing(TensorBoard()) as logs:
+        yield Several(observer, logs)
 
 
 @contextlib.contextmanager

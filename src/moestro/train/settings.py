@@ -12,7 +12,17 @@ from .config import TrainRun
 __all__ = ["Change", "changes", "check"]
 
 # What these change is where, how fast or how often, not what is computed. `data` is judged by the text itself.
-HARMLESS = ("device", "threads", "save_every", "report", "starved_after", "recording", "data", "eval_every")
+HARMLESS = (
+    "device",
+    "threads",
+    "save_every",
+    "report",
+    "tensorboard",
+    "starved_after",
+    "recording",
+    "data",
+    "eval_every",
+)
 
 
 class Change(tuple[str, Any, Any]):
