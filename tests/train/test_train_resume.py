@@ -166,6 +166,17 @@ def test_harmless_settings_are_named_and_taken(place, reference, tmp_path):
     assert load(out).config.save_every == 1
 
 
+def test_another_number_of_threads_is_said(place, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(Died):
+        run(tiny(place), out=out, progress=crash_after(7))
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
+    seen = Steps()
+    assert run(out=out, resume=True, progress=seen).complete
+    assert any(f"{before} threads before, {before + 1} now" in line for line in seen.said)
+
+
 def test_steps_can_be_extended_while_the_past_stays_the_same(place, tmp_path):
     wsd = AdamW(lr=3e-3, schedule=WSD(warmup=2, decay=0.25))
     short, long = tiny(place, optimizer=wsd, steps=8), tiny(place, optimizer=wsd, steps=16)

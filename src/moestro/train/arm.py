@@ -252,7 +252,7 @@ class Arm:
             "tokens": self.tokens,
             "best": self.best,
             "watch": self.watch.to_dict(),
-            "world": self.ranks.world,
+            "ranks": self.ranks.world,
             "threads": torch.get_num_threads(),
         }
 
@@ -264,6 +264,12 @@ class Arm:
         self.step, self.seconds, self.tokens = progress["step"], progress["seconds"], progress["tokens"]
         self.best = progress["best"]
         self.watch = Watch.from_dict(progress["watch"])
+        here = {"ranks": self.ranks.world, "threads": torch.get_num_threads()}
+        other = [f"{progress[n]} {n} before, {here[n]} now" for n in here if progress[n] != here[n]]
+        if other:
+            self.observer.on_message(
+                f"{self.name}: {', '.join(other)}; the run goes on, but not to the last bit as if it had never stopped"
+            )
         for kind, name in (("cpu", f"rank{self.ranks.rank}"), ("cuda", f"rank{self.ranks.rank}.cuda")):
             if name in saved.tensors["rng"] and kind in self._rng:
                 self._rng[kind] = saved.tensors["rng"][name]

@@ -277,9 +277,11 @@ def _watched(observer: Observer, tensorboard: bool, ranks: Ranks) -> Iterator[Ob
 @contextlib.contextmanager
 def _threads(number: int) -> Iterator[None]:
     """Compute with so many threads (0 = as many as before), while inside."""
+    if not number:
+        yield
+        return
     before = torch.get_num_threads()
-    if number:
-        torch.set_num_threads(number)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
