@@ -76,13 +76,14 @@ def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
     print_table(
         stream,
         f"Training speed of {name}, {count(record['parameters'])} parameters, seed {record['seed']}",
-        ["", "tokens/s", "quartiles", "step ms", "experts ms", "attention ms", "rest ms", "same step"],
+        ["", "tokens/s", "quartiles", "fastest", "step ms", "experts ms", "attention ms", "rest ms", "same step"],
         [[who, *_cells(row)] for who, row in record["rows"].items()],
     )
     for to, r in record["ratios"].items():
         print(
             f"sparse is {r['median']:.3f} times as fast as {to} "
-            f"(median of {record['rounds']} rounds; quartiles {r['low']:.3f}..{r['high']:.3f})",
+            f"(median of {record['rounds']} rounds; quartiles {r['low']:.3f}..{r['high']:.3f}; "
+            f"fastest turns {r['fastest']:.3f})",
             file=stream,
         )
     machine, memory = record["machine"], record["peak_memory"]
@@ -100,10 +101,11 @@ def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "absent" in row:
-        return [f"not run: {row['absent']}", *[""] * 6]
+        return [f"not run: {row['absent']}", *[""] * 7]
     if not row.get("agrees", True):
-        return [f"not run: its gradients differ ({row['where']}: {row['worst']})", *[""] * 6]
+        return [f"not run: its gradients differ ({row['where']}: {row['worst']})", *[""] * 7]
     speed = row["tokens_per_second"]
     parts = [f"{1000 * row[f'{part}_seconds']:.1f}" for part in ("step", "experts", "attention", "rest")]
     same = f"{row['worst']:.0e}" if "worst" in row else ""
-    return [f"{speed['median']:.0f}", f"{speed['low']:.0f}..{speed['high']:.0f}", *parts, same]
+    speeds = [f"{speed['median']:.0f}", f"{speed['low']:.0f}..{speed['high']:.0f}", f"{speed['most']:.0f}"]
+    return [*speeds, *parts, same]
