@@ -128,8 +128,16 @@ def test_a_folder_that_holds_a_run_is_refused(place, reference):
         run(tiny(place), out=reference)
     with pytest.raises(UserError, match="holds no run to resume"):
         run(tiny(place), out=place / "nothing", resume=True)
+    assert not (place / "nothing").exists()
+    with pytest.raises(UserError, match="holds no run to resume"):
+        run(tiny(place), out=place, resume=True)
     assert is_run(reference)
     assert not is_run(place)
+
+
+def test_a_run_that_ended_as_its_folder_was_made_begins_again(place, reference, tmp_path):
+    assert run(tiny(place), out=tmp_path, resume=True).complete
+    assert same(tmp_path, reference)
 
 
 def test_somebody_elses_model_folder_is_not_written_into(place, tmp_path):

@@ -119,7 +119,8 @@ def claim(root: Path, resume: bool) -> Layout:
                 f"{root}: holds a run already ({', '.join(taken[:3])}); continue it with resume, or choose another "
                 "folder"
             )
-        if resume and not taken:
+        empty = root.is_dir() and not any(p.name != ".probe" for p in root.iterdir())  # killed as it was made
+        if resume and not taken and not empty:
             raise UserError(f"{root}: holds no run to resume; check the path, or start one without resume")
         root.mkdir(parents=True, exist_ok=True)
         probe = root / ".probe"
