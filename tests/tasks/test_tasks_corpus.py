@@ -51,6 +51,7 @@ def test_folders_of_runs_are_left_out(tmp_path):
     (tmp_path / "a.txt").write_bytes(lines(2))
     source = Text(path=str(tmp_path)).build(leave_out=lambda folder: folder.name == "runs")
     assert {p.name for p in source.pieces} == {"a.txt"}
+    assert source.skipped == {"run folder": 1}
 
 
 @pytest.mark.parametrize(

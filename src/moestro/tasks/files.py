@@ -56,7 +56,10 @@ def _walk(root: Path, leave_out: Callable[[Path], bool]) -> tuple[list[tuple[Pat
         skipped[reason] = skipped.get(reason, 0) + 1
 
     for folder, below, names in os.walk(root):
-        below[:] = [d for d in below if not d.startswith(".") and not leave_out(Path(folder, d))]
+        below[:] = [d for d in below if not d.startswith(".")]
+        for name in [d for d in below if leave_out(Path(folder, d))]:
+            below.remove(name)
+            skip("run folder")
         for name in names:
             path = Path(folder, name)
             if name.startswith("."):

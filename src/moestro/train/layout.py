@@ -105,8 +105,12 @@ class Layout:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run (or the beginning of one)."""
-    return (folder / "manifest.json").is_file() or (folder / "config.json").is_file()
+    """Whether a folder holds a run (or the beginning of one): a config.json that says so."""
+    try:
+        with (folder / "config.json").open("rb") as file:
+            return b'"train.TrainRun"' in file.read(200)
+    except OSError:
+        return False
 
 
 def claim(root: Path, resume: bool) -> Layout:

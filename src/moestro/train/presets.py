@@ -44,6 +44,12 @@ def _stdlib() -> TrainRun:
     )
 
 
+def _stdlib_dense() -> TrainRun:
+    """The dense twin of stdlib, alone."""
+    sparse = _stdlib()
+    return sparse.replace(model=sparse.model.replace(moe=None, layout=None), twin=False)
+
+
 def _tiny() -> TrainRun:
     """A model of a few thousand parameters, for trying things out in seconds."""
     return TrainRun(
@@ -69,7 +75,7 @@ def _tiny() -> TrainRun:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainRun]] = {"stdlib": _stdlib, "tiny": _tiny}
+PRESETS: dict[str, Callable[[], TrainRun]] = {"stdlib": _stdlib, "stdlib-dense": _stdlib_dense, "tiny": _tiny}
 
 
 def preset(name: str) -> TrainRun:
