@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from moestro.core.config import Config
 
 SOURCE = Path(__file__).parents[1] / "src" / "moestro"
 
@@ -170,3 +173,14 @@ def test_late_imports_are_no_import_time_imports(tmp_path: Path) -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef f():\n    import torch\n"
     )
     assert heavy_imports(tmp_path, "moestro.config") == []
+
+
+def test_what_configs_build_exists_and_lies_no_higher() -> None:
+    """`builds` names modules as strings, which the parsing above cannot see."""
+    kinds = [importlib.import_module(module_name(f, SOURCE)) for f in SOURCE.rglob("config.py")]
+    configs = {c for m in kinds for c in vars(m).values() if isinstance(c, type) and issubclass(c, Config) and c.builds}
+    assert len(configs) > 30
+    for config in configs:
+        module, _, name = config.builds.partition(":")
+        assert hasattr(importlib.import_module(module), name), config
+        assert FLOORS[folder(module)] <= FLOORS[folder(config.__module__)], config

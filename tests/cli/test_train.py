@@ -15,8 +15,13 @@ from rich.console import Console
 from moestro.cli.progress import Bars, Lines, figures
 from moestro.cli.train import read
 from moestro.core.errors import UserError
+from moestro.dispatch.config import examples as exchanges
+from moestro.experts.config import examples as experts
+from moestro.losses.config import examples as losses
 from moestro.models.config import Decoder
+from moestro.models.examples import examples as models
 from moestro.routers.config import TopK, TopP
+from moestro.routers.examples import examples as routers
 from moestro.tasks.config import StandardLibrary, Text
 from moestro.train.config import TrainRun
 from moestro.train.observe import Arm, StepInfo
@@ -241,3 +246,25 @@ def test_module_and_torchrun_environment(tmp_path: Path) -> None:
     assert errors == ["moestro: error: unknown option '--stepps' (did you mean '--steps'?); see moestro train --help"]
     assert done.returncode == 2
     assert "| torch\n" not in done.stderr
+
+
+def runs_of_every_part() -> dict[str, TrainRun]:
+    """Runs whose configs hold every kind of part that has an example."""
+    base = preset("tiny")
+    assert base.model.moe is not None
+    made = {f"model {n}": TrainRun(model=m, seq_len=16) for n, m in models().items()}
+    kinds = {"router": routers(), "experts": experts(), "exchange": exchanges()}
+    for field, examples in kinds.items():
+        for name, part in examples.items():
+            moe = base.model.moe.replace(**{field: part})
+            made[f"{field} {name}"] = base.replace(model=base.model.replace(moe=moe))
+    moe = base.model.moe.replace(losses=tuple(losses().values()))
+    return made | {"losses": base.replace(model=base.model.replace(moe=moe))}
+
+
+@pytest.mark.parametrize("name", list(runs_of_every_part()))
+def test_the_parser_understands_every_part(name: str, tmp_path: Path) -> None:
+    run = runs_of_every_part()[name]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(run.to_dict()))
+    assert read([str(path), "--steps", "7"])[1] == run.replace(steps=7)
