@@ -169,7 +169,7 @@ def main(args: Sequence[str]) -> int:
                 break
     record = {
         "what": "kill -9 at random moments, then resume; logged numbers and weights against an undisturbed run",
-        "command": f"python -m moestro.testing.kills {' '.join(args)}",
+        "command": f"python -m moestro.testing.kills --n {said.n} --steps {said.steps} --seed {said.seed}",
         "kills": len(kills),
         "runs": runs,
         "differences": wrong,
