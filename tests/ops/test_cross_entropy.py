@@ -102,6 +102,18 @@ def test_half_precision_has_fp32_logits() -> None:
     )
 
 
+def test_half_precision_gradients_are_scaled_in_fp32() -> None:
+    """1 / 300 is 0.2 percent away from the nearest bfloat16 number: rounding it would change every gradient by that."""
+    h, head, target = randn(T, D, dtype=torch.bfloat16), randn(V, D, seed=1, dtype=torch.bfloat16), targets()
+    lengths = []
+    for scale in (1.0, 1 / 300):
+        x = h.clone().requires_grad_()
+        (cross_entropy(x, head, target)[0] * scale).backward()
+        assert x.grad is not None
+        lengths.append(float(x.grad.double().norm()) / scale)
+    assert abs(lengths[1] / lengths[0] - 1) < 5e-4
+
+
 def test_autocast() -> None:
     h, head, target = randn(T, D).requires_grad_(), randn(V, D, seed=1).requires_grad_(), targets()
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +204,8 @@ def test_chunk_size() -> None:
     assert chunk_size(50_000) * 50_000 * 4 <= 16 * 2**20 < (chunk_size(50_000) + 1) * 50_000 * 4
     assert chunk_size(50_000, torch.bfloat16) == chunk_size(50_000)  # logits are fp32
     assert chunk_size(50_000, torch.float64) == chunk_size(100_000)
-    assert chunk_size(10**9) == 1
+    assert chunk_size(10**9) == 64
+    assert chunk_size(50_000, torch.float32, "cuda") > 10 * chunk_size(50_000)
 
 
 def test_errors() -> None:

@@ -1,4 +1,4 @@
-"""Experts through whole grouped products: few calls, for devices where calls are dear and for little work per expert."""
+"""Experts through whole grouped products: few calls, for devices where calls are dear and experts with little to do."""
 
 from __future__ import annotations
 
