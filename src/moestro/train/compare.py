@@ -22,8 +22,8 @@ __all__ = ["Line", "at_time", "curve", "table"]
 class Line:
     """One arm in the table. Bits per byte on held-out text; None where not evaluated (yet).
 
-    bits_per_byte: after its last step (with two arms: the last step both were evaluated at). best_bits_per_byte: the
-    lowest, at best_step. bits_per_byte_at_time: after `time` seconds of training. seconds: training time of all steps.
+    bits_per_byte: after step `evaluated`, the last after which all arms were. best_bits_per_byte: the lowest, at
+    best_step. bits_per_byte_at_time: after `time` seconds of training. seconds: training time of all steps.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Line:
     params: int
     active_params: int
     flops_per_token: int
+    evaluated: int | None
     bits_per_byte: float | None
     best_bits_per_byte: float | None
     best_step: int | None
@@ -82,6 +83,7 @@ def table(arms: Sequence[tuple[dict[str, Any], Path]]) -> list[Line]:
                 params=about["params"],
                 active_params=about["active_params"],
                 flops_per_token=about["flops_per_token"],
+                evaluated=last,
                 bits_per_byte=final["bits_per_byte"] if final else None,
                 best_bits_per_byte=best["bits_per_byte"] if best else None,
                 best_step=best["step"] if best else None,

@@ -117,10 +117,10 @@ def report_table(lines: Sequence[Line]) -> Table:
         ("load entropy", "1 = equal loads", "load_entropy", "", 3),
     ]
     notes: list[str] = []
-    if lines:
-        notes.append(f"equal steps: after step {lines[0].steps}")
-        if lines[0].time is not None:
-            notes.append(f"equal training time: after {lines[0].time:.0f} s of steps, read off the same two runs")
+    if lines and lines[0].evaluated is not None:
+        notes.append(f"equal steps: after step {lines[0].evaluated}")
+    if lines and lines[0].time is not None:
+        notes.append(f"equal training time: after {lines[0].time:.0f} s of steps, read off the same two runs")
     return Table(
         title=" and ".join(line.name for line in lines),
         models=tuple(line.name for line in lines),
