@@ -93,6 +93,26 @@ def test_2_counters_that_drift(which, reason):
         check_counts(training.drifting(which), tokens=4 * 600 * 2)
 
 
+def test_2_counts_from_trails_do_not_drift():
+    def counts(*, micro_batches=1, checkpointing=False, evaluations=0, cast=False):
+        model = decoders()["moe"].replace(context=300, checkpoint=checkpointing).build()
+        model = model.to(torch.bfloat16) if cast else model
+        tokens = torch.randint(0, 37, (4, 300), generator=torch.Generator().manual_seed(0))
+        found: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for _ in range(evaluations):
+                model.eval()(tokens)
+        model.train()
+        for part in tokens.chunk(micro_batches):
+            nats, number, _, trail = model.loss(part, part)
+            (nats / number + trail.loss()).backward()
+            for path, count in trail.counts().items():
+                found[path] = found[path] + count if path in found else count
+        return found
+
+    check_counts(counts, tokens=4 * 300 * 2)
+
+
 def test_5_a_gradient_norm_that_depends_on_the_layout():
     with pytest.raises(AssertionError, match="gradient norm with one bank and a router"):
         check_norm(training.mean_of_group_norms)

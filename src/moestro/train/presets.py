@@ -20,19 +20,19 @@ DEFAULT = "stdlib"
 
 
 def _stdlib() -> TrainRun:
-    """Sparse decoder (32 experts, top-2) and its dense twin on Python's standard library, as bytes; two CPU cores."""
+    """Sparse decoder (16 experts, top-2) and its dense twin on Python's standard library, as bytes; two CPU cores."""
     return TrainRun(
         model=Decoder(
             dim=64,
             num_layers=3,
             attention=Attention(num_heads=2, num_kv_heads=1, head_dim=32, qk_norm="head"),
-            ffn=FeedForward(width=264),
+            ffn=FeedForward(width=392),
             layout=("dense", "moe", "moe"),
             moe=MoELayer(
-                num_experts=32,
+                num_experts=16,
                 router=Router(select=TopK(k=2)),
-                experts=Gated(width=128),
-                losses=(SwitchBalance(coefficient=0.01), ZLoss(coefficient=1e-4), RoutingEntropy(coefficient=0.0)),
+                experts=Gated(width=192),
+                losses=(SwitchBalance(coefficient=0.01), ZLoss(coefficient=1e-4)),
             ),
             context=256,
             init_std=None,
