@@ -248,6 +248,16 @@ def test_the_table_of_loads_holds_the_loads(small):
     assert entropy.rows[0][3] == pytest.approx(small.counts.mean_entropy()[0, 0])
 
 
+def test_routing_entropy_comes_from_evaluations_where_training_did_not_measure_it(small):
+    path = small.layers[1].path
+    unmeasured = dataclasses.replace(small.counts, entropy_units=small.counts.entropy_units * 0)
+    trace = dataclasses.replace(small, counts=unmeasured)
+    assert load.entropy_over_time(trace) is None
+    rows = [{"step": 20, "routing_entropy": {path: 1.25}}, {"step": 20, "routing_entropy": {}}, {"step": 40}]
+    picture = load.entropy_over_time(trace, rows)
+    assert [(row[0], row[3]) for row in picture.rows] == [(path, 1.25)]
+
+
 def test_the_table_of_kinds_sums_to_a_hundred(small):
     picture = kinds.kinds_map(small, small.last("valid"), "character")
     for row in picture.rows:

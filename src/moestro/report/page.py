@@ -129,7 +129,7 @@ def _load(data: ReportData) -> str:
     trace = data.trace
     if trace is None:
         return ""
-    lines = _pair([load.imbalance_over_time(trace), load.entropy_over_time(trace)])
+    lines = _pair([load.imbalance_over_time(trace), load.entropy_over_time(trace, data.metrics)])
     return (
         _silent(trace, data.patience)
         + _dropped(trace)

@@ -101,6 +101,7 @@ def report_rows(name: str, metrics: Path) -> Iterator[dict[str, Any]]:
                 "bpb": row["bits_per_byte"],
                 "tokens_per_s": row.get("tokens_per_second"),
                 "load_entropy": row["load_entropy"],
+                "routing_entropy": {path: layer["routing_entropy"] for path, layer in row.get("layers", {}).items()},
             }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,9 +134,17 @@ def imbalance_over_time(trace: Trace, name: str = "imbalance") -> Picture | None
     )
 
 
-def entropy_over_time(trace: Trace, name: str = "entropy") -> Picture | None:
-    """Mean routing entropy in nats, one line per layer; None where it was not recorded."""
+def entropy_over_time(
+    trace: Trace, metrics: Sequence[Mapping[str, Any]] = (), name: str = "entropy"
+) -> Picture | None:
+    """Mean routing entropy in nats, one line per layer; None where it was not recorded.
+
+    From the trace, where training measured it (a `RoutingEntropy` among the losses), else from evaluations: rows of
+    `metrics` with a field routing_entropy, path -> nats.
+    """
     mean = trace.counts.mean_entropy()
+    if not np.isfinite(mean).any():
+        mean = _evaluated_entropy(trace, metrics)
     flat = [np.log(layer.num_experts + len(layer.virtual)) for layer in trace.layers]
     return _lines(
         trace,
@@ -147,6 +156,19 @@ def entropy_over_time(trace: Trace, name: str = "entropy") -> Picture | None:
         label="entropy (nats)",
         reference=max(flat, default=None),
     )
+
+
+def _evaluated_entropy(trace: Trace, metrics: Sequence[Mapping[str, Any]]) -> Any:
+    """[steps, layers], NaN but at the steps of evaluations."""
+    mean = np.full((len(trace.counts), len(trace.layers)), np.nan)
+    for row in metrics:
+        found = row.get("routing_entropy")
+        if isinstance(found, Mapping) and len(mean):
+            at = int(np.searchsorted(trace.counts.last, row["step"]).clip(0, len(mean) - 1))
+            for n, layer in enumerate(trace.layers):
+                if found.get(layer.path) is not None:
+                    mean[at, n] = found[layer.path]
+    return mean
 
 
 def _lines(
@@ -169,7 +191,8 @@ def _lines(
         for n in known:
             x, y = _binned(middle, values[n])
             path = short(trace.layers[n].path)
-            axes.plot(x, y, color=depth_colour(n, len(values)), linewidth=1.5, label=path)
+            marker = {"marker": "o", "markersize": 3.2} if len(x) < 60 else {}
+            axes.plot(x, y, color=depth_colour(n, len(values)), linewidth=1.5, label=path, **marker)
         if reference is not None:
             axes.axhline(reference, color=MUTED, linewidth=0.9, linestyle=(0, (3, 2)))
         axes.set_xlabel("training step")
@@ -181,10 +204,10 @@ def _lines(
         drawn = svg(figure, title, name + "-")
     if len(known) > 8:
         caption += " From violet and blue (first layers) to green and yellow (last ones)."
-    picked = thin(range(len(trace.counts)), 60)
+    picked = thin([i for i in range(len(trace.counts)) if any(np.isfinite(values[n][i]) for n in known)], 60)
     rows = []
     for n in known:
-        for i in picked:
+        for i in [i for i in picked if np.isfinite(values[n][i])]:
             row = (trace.layers[n].path, int(trace.counts.first[i]), int(trace.counts.last[i]), float(values[n][i]))
             rows.append(row if extra is None else (*row, float(extra[1][n][i])))
     columns = ("layer", "first step", "last step", label)
