@@ -134,9 +134,7 @@ def imbalance_over_time(trace: Trace, name: str = "imbalance") -> Picture | None
     )
 
 
-def entropy_over_time(
-    trace: Trace, metrics: Sequence[Mapping[str, Any]] = (), name: str = "entropy"
-) -> Picture | None:
+def entropy_over_time(trace: Trace, metrics: Sequence[Mapping[str, Any]] = (), name: str = "entropy") -> Picture | None:
     """Mean routing entropy in nats, one line per layer; None where it was not recorded.
 
     From the trace, where training measured it (a `RoutingEntropy` among the losses), else from evaluations: rows of
