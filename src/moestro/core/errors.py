@@ -1,4 +1,4 @@
-"""Errors that the library raises on purpose, and the one helper that suggests a name."""
+"""Errors that the library raises on purpose, and the one function that suggests a name."""
 
 from __future__ import annotations
 
