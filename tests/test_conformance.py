@@ -1,25 +1,31 @@
-"""Every registered router, bank, exchange and loss passes the conformance suite because it is registered."""
+"""Registered losses and decoders, with every router, pass the conformance suite because they are registered.
+
+Routers, banks and exchanges by themselves: see their folders.
+"""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from moestro.core.errors import UserError
 from moestro.experts.config import Gated
+from moestro.losses import examples as losses
 from moestro.models.examples import examples as models
 from moestro.moe.config import MoELayer
 from moestro.routers.config import All, ExpertChoiceSelect
 from moestro.routers.examples import examples as routers
+from moestro.testing.losses import check_loss
 from moestro.testing.models import check_model
-from moestro.testing.routers import check_router
 
 DEFAULT = MoELayer().losses
 
 
-@pytest.mark.parametrize("name", routers())
-def test_router(name):
-    config = routers()[name]
-    check_router(lambda: config.build(dim=16, num_experts=8), dim=16, num_experts=8)
+@pytest.mark.parametrize("name", losses())
+def test_loss(name):
+    loss = losses()[name].build()
+    given = {"segment": torch.arange(24) // 6, "task": torch.arange(24) % 2}
+    check_loss(loss, {n: t for n, t in given.items() if n in loss.needs})
 
 
 @pytest.mark.parametrize("name", models())

@@ -24,7 +24,10 @@ def scored_plan(
     padding: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Plan, Tensor]:
-    """A top-k plan from random logits that need a gradient, and those logits. The last `padding` units are invalid."""
+    """A top-k plan from random logits that need a gradient, and those logits. The last `padding` units are invalid.
+
+    `extra` holds what noisy routers leave: noisy_logits and noise_std, [T, E].
+    """
     logits = torch.randn(T, num_experts, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
     valid = torch.arange(T) < T - padding
     probs = logits.softmax(-1)
@@ -37,9 +40,16 @@ def scored_plan(
         probs=probs,
         logits=logits,
         valid=valid if padding else None,
+        extra=_noise(logits, seed),
         complete=not padding,
     )
     return plan.check(), logits
+
+
+def _noise(logits: Tensor, seed: int) -> dict[str, Tensor]:
+    noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed + 100), dtype=logits.dtype)
+    std = torch.full_like(logits.detach(), 0.5)
+    return {"noisy_logits": logits + noise * std, "noise_std": std}
 
 
 def _number(value: Tensor) -> float:
@@ -52,7 +62,7 @@ def _rows(plan: Plan, part: slice) -> Plan:
         for n in ("expert", "weight", "probs", "logits", "valid")
         if getattr(plan, n) is not None
     }
-    return dataclasses.replace(plan, **cut)
+    return dataclasses.replace(plan, extra={n: t[part] for n, t in plan.extra.items()}, **cut)
 
 
 def check_loss(loss: Any, tensors: Mapping[str, Tensor] | None = None, *, needs_gradient: bool = True) -> None:
@@ -104,6 +114,7 @@ def _check_blind_to_padding(loss: Any, tensors: dict[str, Tensor]) -> None:
         plan,
         logits=torch.cat([plan.logits[:18], plan.logits[18:] * 10 + 3]),
         probs=torch.cat([plan.probs[:18], plan.probs[18:].flip(1)]),
+        extra={n: torch.cat([t[:18], t[18:].flip(1) + 1]) for n, t in plan.extra.items()},
     )
     cut = _rows(plan, slice(0, 18))
     short = dataclasses.replace(cut, valid=None)
