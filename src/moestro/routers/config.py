@@ -6,48 +6,46 @@ from typing import ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
+from .bases import Limit, Mix, Priority, Score, Select, Weigh, positive
+from .limits import BatchPrioritised, ByPosition, ByProbability, Capacity, FirstChoices, RandomSecond, Recycle
 
-
-def _positive(part: Config, *names: str) -> None:
-    for name in names:
-        if not getattr(part, name) > 0:
-            raise UserError(f"{type(part).__name__}.{name}: {getattr(part, name)} is not positive")
-
-
-# Bases ------------------------------------------------------------------------------------------------------------
-
-
-@config
-class Score(Config):
-    """Base of score steps: x [T, D] -> clean logits [T, E'] fp32. Built with (dim, num_ids)."""
-
-
-@config
-class Mix(Config):
-    """Base of mix steps: (Scores, x, signals, carry) -> (Scores, carry). Built with (dim, num_ids)."""
-
-
-@config
-class Select(Config):
-    """Base of select steps: (Scores, x, signals) -> choices. Built with (num_experts, num_ids)."""
-
-
-@config
-class Weigh(Config):
-    """Base of weigh steps: (Scores, expert [T, K]) -> weight [T, K] fp32. Built without sizes."""
-
-
-@config
-class Limit(Config):
-    """Base of limit steps: (expert [T, K], Scores, signals) -> (expert, kept [T, K], capacity).
-
-    Built with (num_experts, num_ids).
-    """
-
-
-@config
-class Priority(Config):
-    """Base of drop policies: who is served first where an expert has too little room. Built without sizes."""
+__all__ = [
+    "All",
+    "AnyRouter",
+    "BatchPrioritised",
+    "ByPosition",
+    "ByProbability",
+    "Capacity",
+    "Constant",
+    "Cosine",
+    "ExpertChoiceSelect",
+    "FirstChoices",
+    "FixedNoise",
+    "Frozen",
+    "GroupLimited",
+    "Gumbel",
+    "Label",
+    "Limit",
+    "Linear",
+    "LossFree",
+    "MLP",
+    "Mix",
+    "Noisy",
+    "Priority",
+    "Random",
+    "RandomSecond",
+    "Raw",
+    "Recycle",
+    "Renormalised",
+    "Router",
+    "Score",
+    "Select",
+    "SoftmaxKept",
+    "TopK",
+    "TopP",
+    "Uniform",
+    "Weigh",
+]
 
 
 # Score ------------------------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ class MLP(Score):
     """Whether the hidden layers have biases; the map to the logits never has one."""
 
     def __post_init__(self) -> None:
-        _positive(self, "hidden", "depth")
+        positive(self, "hidden", "depth")
 
 
 @config
@@ -95,9 +93,9 @@ class Cosine(Score):
     """The learned factor never exceeds this."""
 
     def __post_init__(self) -> None:
-        _positive(self, "scale", "max_scale")
+        positive(self, "scale", "max_scale")
         if self.rank is not None:
-            _positive(self, "rank")
+            positive(self, "rank")
         if self.learned_scale and self.scale > self.max_scale:
             raise UserError(f"Cosine.scale: {self.scale} is over max_scale {self.max_scale}")
 
@@ -152,7 +150,7 @@ class TopK(Select):
     """Experts per unit."""
 
     def __post_init__(self) -> None:
-        _positive(self, "k")
+        positive(self, "k")
 
 
 @config
@@ -166,9 +164,9 @@ class TopP(Select):
     """The most experts of a unit; None = all of them."""
 
     def __post_init__(self) -> None:
-        _positive(self, "p")
+        positive(self, "p")
         if self.max_k is not None:
-            _positive(self, "max_k")
+            positive(self, "max_k")
 
 
 @config
@@ -182,7 +180,7 @@ class ExpertChoiceSelect(Select):
     """Units that are chosen from together: the whole batch, or each segment (image, sequence)."""
 
     def __post_init__(self) -> None:
-        _positive(self, "capacity_factor")
+        positive(self, "capacity_factor")
 
 
 @config
@@ -205,7 +203,7 @@ class Random(Select):
     """What shares a draw: nothing, the units of one segment, or the whole batch."""
 
     def __post_init__(self) -> None:
-        _positive(self, "k")
+        positive(self, "k")
 
 
 @config
@@ -219,7 +217,7 @@ class Gumbel(Select):
     """When to sample; otherwise the k highest are taken."""
 
     def __post_init__(self) -> None:
-        _positive(self, "k")
+        positive(self, "k")
 
 
 @config
@@ -244,7 +242,7 @@ class GroupLimited(Select):
     """The selection inside the kept groups."""
 
     def __post_init__(self) -> None:
-        _positive(self, "groups", "kept")
+        positive(self, "groups", "kept")
         if self.kept > self.groups:
             raise UserError(f"GroupLimited.kept: {self.kept} of {self.groups} groups cannot be kept")
 
@@ -299,93 +297,6 @@ class Constant(Weigh):
     """The weight; None = one over the number of the unit's choices."""
 
 
-# Limit ------------------------------------------------------------------------------------------------------------
-
-
-@config
-class ByPosition(Priority):
-    """Earlier units first, with all their choices. The one causal policy."""
-
-    builds: ClassVar[str] = "moestro.routers.priority:PositionPriority"
-
-
-@config
-class FirstChoices(Priority):
-    """All first choices before all second choices, each in the order of units (GShard)."""
-
-    builds: ClassVar[str] = "moestro.routers.priority:FirstChoicesPriority"
-
-
-@config
-class ByProbability(Priority):
-    """Choices of higher probability first."""
-
-    builds: ClassVar[str] = "moestro.routers.priority:ProbabilityPriority"
-
-
-@config
-class BatchPrioritised(Priority):
-    """First choices first, units in the order of their highest probability (V-MoE's batch-prioritised routing)."""
-
-    builds: ClassVar[str] = "moestro.routers.priority:BatchPrioritisedPriority"
-
-
-@config
-class Recycle(Priority):
-    """Like another policy, but choices that find no room go to random experts that have some (Hunyuan-Large)."""
-
-    builds: ClassVar[str] = "moestro.routers.priority:RecyclePriority"
-    order: Priority = FirstChoices()
-    """Who is served first."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.order, Recycle):
-            raise UserError("Recycle.order: recycling inside recycling has no meaning; name another policy")
-
-
-@config
-class Capacity(Limit):
-    """An expert takes at most max(min_capacity, ceil(factor * K * valid units / experts)) choices.
-
-    Call-time knob: capacity_factor.
-    """
-
-    builds: ClassVar[str] = "moestro.routers.limit:CapacityLimit"
-    factor: float = 1.25
-    """Room over an even load, in training."""
-    eval_factor: float | None = None
-    """The same in evaluation; None = as in training."""
-    min_capacity: int = 4
-    """Room that every expert has."""
-    priority: Priority = ByPosition()
-    """Who is served first, and what happens to the others."""
-    per: Literal["batch", "segment"] = "batch"
-    """Units that share the room: the whole batch, or each segment."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "factor")
-        if self.eval_factor is not None:
-            _positive(self, "eval_factor")
-        if self.min_capacity < 0:
-            raise UserError(f"Capacity.min_capacity: {self.min_capacity} is negative")
-
-
-@config
-class RandomSecond(Limit):
-    """The second of two choices is kept with probability share / threshold, share = p2 / (p1 + p2) (GShard)."""
-
-    builds: ClassVar[str] = "moestro.routers.limit:RandomSecondLimit"
-    threshold: float = 0.5
-    """Share from which the second choice is always kept: 0.5 in GShard, 0.2 in later reimplementations."""
-    when: Literal["train", "always"] = "always"
-    """When to drop at random; otherwise every second choice is kept."""
-    then: Limit | None = None
-    """A limit for what is left."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "threshold")
-
-
 # The composite ----------------------------------------------------------------------------------------------------
 
 
@@ -419,7 +330,7 @@ class Router(AnyRouter):
     """The experts of the bank that this router addresses; None = all. Plans speak of the bank's ids."""
 
     def __post_init__(self) -> None:
-        _positive(self, "temperature")
+        positive(self, "temperature")
         for kind in self.virtual:
             if kind not in ("null", "copy"):
                 raise UserError(f"Router.virtual: {kind!r} is neither 'null' nor 'copy'")

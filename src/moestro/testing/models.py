@@ -180,8 +180,3 @@ def _check_learning(model: nn.Module, tokens: Tensor, steps: int) -> None:
         first = last if step == 0 else first
     if not last < 0.9 * first:
         raise AssertionError(f"learning: the loss went from {first:.3f} to {last:.3f} in {steps} steps on one batch")
-
-
-def flips(got: Tensor, want: Tensor) -> float:
-    """Share of units whose set of experts differs between two [T, K] tables."""
-    return float((got.sort(dim=1).values != want.sort(dim=1).values).any(dim=1).double().mean())
