@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from moestro.core import files
 from moestro.core.errors import UserError
 from moestro.core.trail import Key, Record, Trail
-from moestro.report import page
 from moestro.report.figures import curves, kinds, load
 from moestro.report.figures.draw import plain
 from moestro.report.page import Generated, ReportData, render, write
@@ -320,7 +320,7 @@ def test_writing_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(page.os, "replace", full)
+    monkeypatch.setattr(files, "open_new", full)
     with pytest.raises(UserError, match="No space left on device"):
         write(path, ReportData(title="second"))
     assert path.read_bytes() == before

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import random
@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save
 
+from moestro.core import files
 from moestro.core.errors import UserError
 from moestro.core.plan import Dense, ExpertChoice
 from moestro.core.stats import Stats
@@ -274,36 +275,17 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
     path = tmp_path / "trace.safetensors"
     recorded().write(path)
     before = path.read_bytes()
-    real = builtins.open
 
-    def failing(name, mode="r", *args, **kwargs):
-        file = real(name, mode, *args, **kwargs)
-        if "w" in mode:
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            def write(_):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-            file.close()
-            return _Stub(write)
-        return file
-
-    monkeypatch.setattr(builtins, "open", failing)
+    monkeypatch.setattr(files, "open_new", lambda _: Full())
     with pytest.raises(UserError, match="No space left on device"):
         recorded().write(path)
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["trace.safetensors"]
-
-
-class _Stub:
-    def __init__(self, write):
-        self.write = write
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 def test_a_path_below_a_file_is_refused(tmp_path):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from moestro.core import files
 from moestro.core.errors import UserError
 from moestro.optim import WSD, AdamW, Cosine
 from moestro.tasks import Text
-from moestro.train import files
+from moestro.train import files as train_files
 from moestro.train import manifest as manifests
 from moestro.train.layout import Layout, is_run
 from moestro.train.load import load
@@ -273,14 +275,15 @@ def test_weights_that_were_not_published_yet_are_found_in_the_state(reference, t
 
 def test_a_full_disk_loses_nothing_that_was_saved(place, reference, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    true = files.open_new
+    true = train_files.save_file
 
-    def full(path):
-        if "step-00000012" in str(path) and path.name == ".optimizer.safetensors.new":
-            raise OSError(28, "No space left on device", str(path))
-        return true(path)
+    def full(tensors, path, metadata):
+        if "step-00000012" in str(path) and path.name.startswith(".optimizer.safetensors"):
+            path.write_bytes(b"half of it")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        true(tensors, path, metadata)
 
-    monkeypatch.setattr(files, "open_new", full)
+    monkeypatch.setattr(train_files, "save_file", full)
     with pytest.raises(UserError, match=r"No space left on device.*intact \(step 6 .*resume"):
         run(tiny(place), out=out)
     assert [p.name for p in (out / "state").iterdir()] == ["step-00000006"]
@@ -313,7 +316,7 @@ def test_a_disk_that_is_full_in_the_middle_of_the_manifest(place, reference, tmp
     monkeypatch.setattr(
         files,
         "open_new",
-        lambda path: Short(true(path)) if path.name == ".manifest.json.new" and is_saved(out) else true(path),
+        lambda path: Short(true(path)) if path.name.startswith(".manifest.json.") and is_saved(out) else true(path),
     )
 
     def is_saved(folder):

@@ -14,6 +14,7 @@ import torch
 
 from ..core.errors import UserError
 from ..train.config import TrainRun
+from ..train.files import write_json
 from ..train.run import run
 from .machine import describe_machine
 
@@ -122,6 +123,4 @@ def _at_time(table: dict[str, Any]) -> float | None:
 
 def _write(out: Path, record: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(out)
+    write_json(out, record)

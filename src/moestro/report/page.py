@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core import files
 from ..core.errors import UserError
 from ..trace.metrics import dead_experts, dropped_share
 from ..trace.tables import Sample, Trace
@@ -64,17 +64,10 @@ class ReportData:
 def write(path: str | os.PathLike[str], data: ReportData) -> None:
     """Write the page; the path holds the old file or the whole new one at any moment."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     content = render(data).encode()
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write the report {path}: {error.strerror or error}") from error
 
 

@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
+from ..core.files import seal
 from ..moe.config import MoELayer
 from ..routers.config import Router, TopK
 from ..tasks.config import Text
 from ..train.config import TrainRun
-from ..train.files import seal, write_json
+from ..train.files import write_json
 from ..train.layout import Layout
 from ..train.log import read_rows
 from ..train.presets import preset

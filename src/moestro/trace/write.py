@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import numpy as safetensors
 
+from ..core import files
 from ..core.errors import UserError
 from .tables import FORMAT, OBJECTS, VERSION, Array, Table, Trace
 
@@ -40,16 +40,9 @@ def write(trace: Trace, path: str | os.PathLike[str]) -> None:
     metadata = {FORMAT: json.dumps(header, allow_nan=False)}  # one entry: safetensors writes several in any order
     content = safetensors.save({n: np.ascontiguousarray(a) for n, a in arrays.items()}, metadata=metadata)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write the trace {path}: {error.strerror or error}; what was there is unchanged"
         ) from error

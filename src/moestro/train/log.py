@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .files import Seal, seal
+from ..core.files import Seal, seal
 
 __all__ = ["Metrics", "read_rows"]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .files import Seal, seal, write_json
+from ..core.files import Seal, seal
+from .files import write_json
 
 __all__ = ["Manifest", "read", "resolve", "verify", "write"]
 

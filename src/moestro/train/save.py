@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.files import Seal, seal, sync_folder
 from . import manifest as manifests
-from .files import Seal, read_json, read_tensors, seal, sync_folder, write_json, write_tensors
+from .files import read_json, read_tensors, write_json, write_tensors
 from .layout import Layout
 from .log import Metrics
 from .manifest import Manifest
