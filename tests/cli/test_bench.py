@@ -134,7 +134,7 @@ def test_unknown_measurement() -> None:
     status, _, err = command("bench", "trian")
     assert status == 2
     assert "did you mean 'train'" in err
-    assert list(KINDS) == ["train", "seeds"]
+    assert list(KINDS) == ["train", "widths", "seeds"]
 
 
 def test_seeds(trained: Trained, tmp_path: Path) -> None:
@@ -147,3 +147,16 @@ def test_seeds(trained: Trained, tmp_path: Path) -> None:
     assert list(record["seeds"]) == ["1", "2"]
     assert "sparse minus dense at equal steps" in err
     assert "seed 2: recorded already" in command(*line)[2]
+
+
+def test_widths_say_how_many_times_as_long(monkeypatch, tmp_path) -> None:
+    from moestro.bench import widths
+
+    monkeypatch.setattr(widths, "SHAPES", ((8, 4, 8, 16),))
+    out = tmp_path / "widths.json"
+    status, shown, err = command("bench", "widths", "--rounds", "2", "--out", str(out), "--json")
+    assert status == 0, err
+    (shape,) = json.loads(shown)["shapes"]
+    assert shape["times"]["least"] <= shape["times"]["median"] <= shape["times"]["most"]
+    assert json.loads(out.read_text()) == json.loads(shown)
+    assert "times as long" in err

@@ -11,6 +11,7 @@ __all__ = ["KINDS", "main"]
 
 KINDS = {
     "train": "training speed against the dense twin and transformers' experts",
+    "widths": "what experts of unequal widths cost",
     "seeds": "whether the sparse model beats its dense twin, over several seeds",
 }
 
