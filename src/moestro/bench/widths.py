@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.plan import Plan
+from ..core.rows import Rows
 from ..experts.config import Gated
 from ..ops.combine import gather_rows
 from ..ops.rows import rows
@@ -37,7 +39,7 @@ def measure(rounds: int = 25, seed: int = 0) -> dict[str, Any]:
         for name, width in (("equal", F), ("unequal", widths)):
             bank = Gated(width=width).build(dim=D, num_experts=E)
 
-            def run(bank: Any = bank) -> None:
+            def run(bank: Any = bank, x: Tensor = x, index: Rows = index) -> None:
                 leaf = x.detach().requires_grad_()
                 y = bank(gather_rows(leaf, index), index)
                 y.backward(torch.ones_like(y))
