@@ -22,6 +22,7 @@ from . import config as cfg
 from .expected import expected_k
 from .layer import route
 from .record import build_losses, note
+from .routed import Routed
 from .units import check_fit, masked, pooled
 
 __all__ = ["Serial", "Whole"]
@@ -29,7 +30,7 @@ __all__ = ["Serial", "Whole"]
 Part = tuple[Tensor, Tensor | None, Tensor | float]  # output, its units (None = all), weight
 
 
-class Serial(nn.Module):
+class Serial(Routed):
     """Experts are blocks, run in order on the units that chose them; for the others a block is the identity.
 
     `(x, signals, carry) -> (y, carry, trail)`. Block e changes unit t by weight[t, e] * (block(h) - h), or by the
@@ -50,10 +51,6 @@ class Serial(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.router = config.router.build(dim=dim, num_experts=len(self.blocks))
         self.losses = build_losses(config.losses, "Serial.losses")
-
-    @property
-    def causal(self) -> bool:
-        return bool(getattr(self.router, "causal", True))
 
     def forward(
         self,
@@ -90,17 +87,12 @@ class Serial(nn.Module):
         whole = [t.index_copy(0, unit, c) for t, c in zip(_leaves(x), changed, strict=True)]
         return _like(x, whole), left
 
-    def step(self, counts: Tensor) -> None:
-        """Move the router's state by the demand of one optimiser step. counts: [E] int64."""
-        if hasattr(self.router, "step"):
-            self.router.step(counts)
-
     def expected_k(self) -> float:
         """How many blocks a unit runs on average."""
         return expected_k(self.router)
 
 
-class Whole(nn.Module):
+class Whole(Routed):
     """Experts are whole models; their outputs are averaged with the weights of a plan, or equally without a router.
 
     `(x, signals, carry, router_input, context) -> (y, carry, trail)`. In logits, y = sum of weight * z_m, whose softmax
@@ -119,16 +111,12 @@ class Whole(nn.Module):
         self.models = nn.ModuleList(models)
         if not len(self.models):
             raise UserError("Whole: give at least one model")
-        self.router: Any = None
+        self.router = None
         if config.router is not None:
             self.router = config.router.build(dim=dim, num_experts=len(self.models))
         elif config.losses:
             raise UserError("Whole.losses: without a router there is no plan to compute a loss from; leave them out")
         self.losses = build_losses(config.losses, "Whole.losses")
-
-    @property
-    def causal(self) -> bool:
-        return bool(getattr(self.router, "causal", True))
 
     def forward(
         self,
@@ -183,11 +171,6 @@ class Whole(nn.Module):
             new = old + w * out if logits else torch.logaddexp(old, _log(w) + torch.log_softmax(out, dim=-1))
             y = new if unit is None else y.index_copy(0, unit, new)
         return y if logits else torch.where(torch.isneginf(y.detach()).all(-1, keepdim=True), 0.0, y)
-
-    def step(self, counts: Tensor) -> None:
-        """Move the router's state by the demand of one optimiser step. counts: [E] int64."""
-        if hasattr(self.router, "step"):
-            self.router.step(counts)
 
     def expected_k(self) -> float:
         """How many models a unit asks on average."""

@@ -22,12 +22,13 @@ from ..ops.rows import rows
 from . import config as cfg
 from .expected import expected_k
 from .record import build_losses, note
+from .routed import Routed
 from .units import all_to_one, check_fit, flatten, masked, pooled, to_tokens
 
 __all__ = ["MoELayer", "route"]
 
 
-class MoELayer(nn.Module):
+class MoELayer(Routed):
     """`layer(x, signals, carry) -> (y, carry, trail)`: y = sum of weight * expert(x) over choices, and shared.
 
     Shapes: x [..., *unit], where the unit is [D] unless `unit_axes` says otherwise -> y of the same leading shape;
@@ -64,10 +65,6 @@ class MoELayer(nn.Module):
             if self.merge.gated:
                 self.shared_gate = nn.Linear(dim, 1, bias=False)
                 self.shared_gate.role = "shared_expert"  # type: ignore[assignment]
-
-    @property
-    def causal(self) -> bool:
-        return bool(getattr(self.router, "causal", True))
 
     def forward(
         self,
@@ -110,11 +107,6 @@ class MoELayer(nn.Module):
             alone = self.shared(units, all_to_one(units.shape[0], units.device))
             y = masked(self.merge(y, alone, units, self.shared_gate), valid)
         return y
-
-    def step(self, counts: Tensor) -> None:
-        """Move the router's state, if it has one, by the demand of one optimiser step. counts: [E] int64, all ranks."""
-        if hasattr(self.router, "step"):
-            self.router.step(counts)
 
     def expected_k(self) -> float:
         """How many routed experts a unit meets on average: k without virtual ids, an expectation or a cap elsewhere."""
