@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moestro.core.plan import AnyPlan, ExpertChoice, Plan
+from moestro.core.plan import AnyPlan
+from moestro.testing.oracle import mixture
 
 Values = dict[str, Tensor]
 
@@ -16,38 +17,13 @@ def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return down @ (F.silu(gate) * up)
 
 
-def choices(plan: AnyPlan) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(unit, expert, place in the weight table) of every row."""
-    found = []
-    for place in plan.routed().nonzero().tolist():
-        if isinstance(plan, Plan):
-            unit, expert = place[0], int(plan.expert[tuple(place)])
-        elif isinstance(plan, ExpertChoice):
-            unit, expert = int(plan.unit[tuple(place)]), place[1]
-        else:
-            unit, expert = place
-        found.append((unit, expert, tuple(place)))
-    return found
-
-
 def layer(p: Values, x: Tensor, plan: AnyPlan, weight: Tensor, valid: Tensor | None = None) -> Tensor:
     """[T, D] of x [T, D] with gated experts, an optional shared expert (with or without gate), and copies."""
-    units = []
     gate_up, down = p["experts.gate_up"].unbind(0), p["experts.down"].unbind(0)
-    rows = choices(plan)
-    for t in range(x.shape[0]):
-        y = torch.zeros(x.shape[1], dtype=torch.float64)
-        for unit, e, place in rows:
-            if unit == t:
-                y = y + weight[place] * swiglu(x[t], gate_up[e], down[e])
-        if isinstance(plan, Plan):
-            for k, e in enumerate(plan.expert[t].tolist()):
-                if e >= plan.num_experts and plan.virtual[e - plan.num_experts] == "copy":
-                    y = y + weight[t, k] * x[t]
-        if "shared.down" in p:
-            alone = swiglu(x[t], p["shared.gate_up"].unbind(0)[0], p["shared.down"].unbind(0)[0])
-            if "shared_gate.weight" in p:
-                alone = torch.sigmoid(p["shared_gate.weight"][0] @ x[t]) * alone
-            y = y + alone
-        units.append(y if valid is None or bool(valid[t]) else torch.zeros_like(y))
-    return torch.stack(units)
+    y = mixture(plan, x, lambda e, unit: swiglu(unit, gate_up[e], down[e]), weight)
+    if "shared.down" in p:
+        shared = [swiglu(unit, p["shared.gate_up"].unbind(0)[0], p["shared.down"].unbind(0)[0]) for unit in x]
+        if "shared_gate.weight" in p:
+            shared = [torch.sigmoid(p["shared_gate.weight"][0] @ unit) * alone for unit, alone in zip(x, shared)]
+        y = y + torch.stack(shared)
+    return y if valid is None else torch.where(valid[:, None], y, 0.0)

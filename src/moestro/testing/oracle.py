@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core.carry import Carry, Replay
-from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan
+from ..core.plan import AnyPlan, Dense, Plan
 from ..core.signals import Signals
 from ..experts.gated import GatedBank
 from ..experts.mlp import MLPBank
 from ..experts.modules import ModuleBank
 from ..moe.layer import MoELayer
 
-__all__ = ["choices", "layer_oracle"]
+__all__ = ["choices", "layer_oracle", "mixture"]
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -27,23 +28,28 @@ ACTIVATIONS = {
 }
 
 
-def choices(plan: AnyPlan) -> list[tuple[int, int, Tensor]]:
-    """(unit, expert id, weight []) of every row and every copy, in the order of units."""
-    out: list[tuple[int, int, Tensor]] = []
-    if isinstance(plan, Dense):
-        routed = plan.routed()
-        for t in range(plan.weight.shape[0]):
-            out += [(t, e, plan.weight[t, e]) for e in range(plan.num_experts) if routed[t, e]]
-    elif isinstance(plan, ExpertChoice):
-        routed = plan.routed()
-        for g, e, c in routed.nonzero().tolist():
-            out.append((int(plan.unit[g, e, c]), e, plan.weight[g, e, c]))
-        out.sort(key=lambda row: (row[0], row[1]))
-    else:
+def choices(plan: AnyPlan, weight: Tensor | None = None) -> list[tuple[int, int, Tensor]]:
+    """(unit, id, weight []) of every row and every copy, in the order of units. weight: in place of the plan's own."""
+    weight = plan.weight if weight is None else weight
+    if isinstance(plan, Plan):
         live = plan.active() if plan.kept is None else plan.active() & plan.kept
-        for t, k in live.nonzero().tolist():
-            out.append((t, int(plan.expert[t, k]), plan.weight[t, k]))
-    return out
+        return [(t, int(plan.expert[t, k]), weight[t, k]) for t, k in live.nonzero().tolist()]
+    found = plan.routed().nonzero().tolist()
+    if isinstance(plan, Dense):
+        return [(t, e, weight[t, e]) for t, e in found]
+    table = [(int(plan.unit[g, e, c]), e, weight[g, e, c]) for g, e, c in found]
+    return sorted(table, key=lambda row: row[:2])
+
+
+def mixture(plan: AnyPlan, x: Tensor, expert: Callable[[int, Tensor], Tensor], weight: Tensor | None = None) -> Tensor:
+    """y [T, D]: for every unit of x [T, D] the sum of weight * expert(e, x[t]) over its choices, copies included."""
+    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
+    for t, e, w in choices(plan, weight):
+        if e < plan.num_experts:
+            rows[t].append(w * expert(e, x[t]))
+        elif isinstance(plan, Plan) and plan.virtual[e - plan.num_experts] == "copy":
+            rows[t].append(w * x[t])
+    return torch.stack([torch.stack(r).sum(0) if r else x[t] * 0 for t, r in enumerate(rows)])
 
 
 def layer_oracle(layer: MoELayer, x: Tensor, signals: Signals, plan: AnyPlan) -> tuple[Tensor, MoELayer]:
@@ -55,20 +61,9 @@ def layer_oracle(layer: MoELayer, x: Tensor, signals: Signals, plan: AnyPlan) ->
     wide = x.double()
     given = Carry(own={"": Replay(plan)}) if isinstance(plan, Plan) else Carry()
     again, _ = exact.router(wide, signals, given)
-    table = choices(again)
-    want = [(t, e) for t, e, _ in choices(plan)]
-    if [(t, e) for t, e, _ in table] != want:
+    if [row[:2] for row in choices(again)] != [row[:2] for row in choices(plan)]:
         raise AssertionError("oracle: selection in float64 differs from the plan")
-    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
-    for t, e, weight in table:
-        if e >= plan.num_experts:
-            assert isinstance(plan, Plan)
-            if plan.virtual[e - plan.num_experts] == "copy":
-                rows[t].append(weight * wide[t])
-        else:
-            rows[t].append(weight * _expert(exact, e, wide[t]))
-    y = torch.stack([torch.stack(r).sum(0) if r else wide[t] * 0 for t, r in enumerate(rows)])
-    return y, exact
+    return mixture(again, wide, lambda e, unit: _expert(exact, e, unit)), exact
 
 
 def _expert(layer: MoELayer, e: int, x: Tensor) -> Tensor:
