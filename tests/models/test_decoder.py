@@ -301,7 +301,7 @@ def test_contradictions_are_named() -> None:
         "3 entries for 4 MoE blocks": {"moe": moe, "num_experts": (4, 4, 4)},
         "1 blocks for num_layers 4": {"blocks": (Block(),)},
         "leave those unset": {"blocks": (Block(),), "num_layers": 1, "layout": ("dense",)},
-        "Decoder.dim: must be at least 1": {"dim": 0},
+        "Decoder.dim must be at least 1": {"dim": 0},
     }
     for message, fields in cases.items():
         with pytest.raises(UserError, match=message):

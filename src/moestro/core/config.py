@@ -70,6 +70,19 @@ class Config:
         with torch.device("meta"):
             return cost(self.build(**sizes), seq_len)
 
+    def at_least(self, least: float, *names: str) -> None:
+        """Raise `UserError` for a field that is less; for `__post_init__`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise UserError(f"{type(self).__name__}.{name} must be at least {least}, found {getattr(self, name)}")
+
+    def positive(self, *names: str) -> None:
+        """Raise `UserError` for a field that is not above 0 (None passes); for `__post_init__`."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{type(self).__name__}.{name} must be positive, found {value}")
+
     def replace(self, **changes: Any) -> Self:
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 

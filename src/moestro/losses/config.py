@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
-from ..core.errors import UserError
 
 
 @config
@@ -125,8 +124,7 @@ class MutualInformation(Loss):
     """Weight of each task that occurs: equal (Mod-Squad), or by its number of units."""
 
     def __post_init__(self) -> None:
-        if self.num_tasks < 1:
-            raise UserError(f"MutualInformation.num_tasks must be at least 1, not {self.num_tasks}")
+        self.at_least(1, "num_tasks")
 
 
 def examples() -> dict[str, Loss]:

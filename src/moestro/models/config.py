@@ -69,9 +69,7 @@ class Decoder(Config):
     """Seed of the initial values."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "dim", "num_layers", "context"):
-            if getattr(self, name) < 1:
-                raise UserError(f"Decoder.{name}: must be at least 1, found {getattr(self, name)}")
+        self.at_least(1, "vocab_size", "dim", "num_layers", "context")
         self.resolved()
 
     def kinds(self) -> tuple[Literal["dense", "moe"], ...]:

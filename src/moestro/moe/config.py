@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
-from ..core.errors import UserError
 from ..dispatch.config import Exchange, Local
 from ..experts.config import Experts, Gated
 from ..losses.config import Loss, SwitchBalance
@@ -70,10 +69,7 @@ class MoELayer(Config):
     """How many axes of x make a unit: 1 = tokens [..., D]; 2 = sequences [..., S, D]; 3 = images [..., C, H, W]."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise UserError(f"MoELayer.num_experts: must be at least 1, found {self.num_experts}")
-        if self.unit_axes < 1:
-            raise UserError(f"MoELayer.unit_axes: must be at least 1, found {self.unit_axes}")
+        self.at_least(1, "num_experts", "unit_axes")
 
 
 @config

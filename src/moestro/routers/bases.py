@@ -1,17 +1,10 @@
-"""Base configs of a router's steps, and a check that their numbers share. No torch."""
+"""Base configs of a router's steps. No torch."""
 
 from __future__ import annotations
 
 from ..core.config import Config, config
-from ..core.errors import UserError
 
-__all__ = ["Limit", "Mix", "Priority", "Score", "Select", "Weigh", "positive"]
-
-
-def positive(part: Config, *names: str) -> None:
-    for name in names:
-        if not getattr(part, name) > 0:
-            raise UserError(f"{type(part).__name__}.{name}: {getattr(part, name)} is not positive")
+__all__ = ["Limit", "Mix", "Priority", "Score", "Select", "Weigh"]
 
 
 @config

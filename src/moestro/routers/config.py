@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
-from .bases import Limit, Mix, Priority, Score, Select, Weigh, positive
+from .bases import Limit, Mix, Priority, Score, Select, Weigh
 from .limits import BatchPrioritised, ByPosition, ByProbability, Capacity, FirstChoices, RandomSecond, Recycle
 
 __all__ = [
@@ -75,7 +75,7 @@ class MLP(Score):
     """Whether the hidden layers have biases; the map to the logits never has one."""
 
     def __post_init__(self) -> None:
-        positive(self, "hidden", "depth")
+        self.positive("hidden", "depth")
 
 
 @config
@@ -93,9 +93,8 @@ class Cosine(Score):
     """The learned factor never exceeds this."""
 
     def __post_init__(self) -> None:
-        positive(self, "scale", "max_scale")
-        if self.rank is not None:
-            positive(self, "rank")
+        self.positive("scale", "max_scale")
+        self.positive("rank")
         if self.learned_scale and self.scale > self.max_scale:
             raise UserError(f"Cosine.scale: {self.scale} is over max_scale {self.max_scale}")
 
@@ -150,7 +149,7 @@ class TopK(Select):
     """Experts per unit."""
 
     def __post_init__(self) -> None:
-        positive(self, "k")
+        self.positive("k")
 
 
 @config
@@ -164,9 +163,8 @@ class TopP(Select):
     """The most experts of a unit; None = all of them."""
 
     def __post_init__(self) -> None:
-        positive(self, "p")
-        if self.max_k is not None:
-            positive(self, "max_k")
+        self.positive("p")
+        self.positive("max_k")
 
 
 @config
@@ -180,7 +178,7 @@ class ExpertChoiceSelect(Select):
     """Units that are chosen from together: the whole batch, or each segment (image, sequence)."""
 
     def __post_init__(self) -> None:
-        positive(self, "capacity_factor")
+        self.positive("capacity_factor")
 
 
 @config
@@ -203,7 +201,7 @@ class Random(Select):
     """What shares a draw: nothing, the units of one segment, or the whole batch."""
 
     def __post_init__(self) -> None:
-        positive(self, "k")
+        self.positive("k")
 
 
 @config
@@ -217,7 +215,7 @@ class Gumbel(Select):
     """When to sample; otherwise the k highest are taken."""
 
     def __post_init__(self) -> None:
-        positive(self, "k")
+        self.positive("k")
 
 
 @config
@@ -242,7 +240,7 @@ class GroupLimited(Select):
     """The selection inside the kept groups."""
 
     def __post_init__(self) -> None:
-        positive(self, "groups", "kept")
+        self.positive("groups", "kept")
         if self.kept > self.groups:
             raise UserError(f"GroupLimited.kept: {self.kept} of {self.groups} groups cannot be kept")
 
@@ -330,7 +328,7 @@ class Router(AnyRouter):
     """The experts of the bank that this router addresses; None = all. Plans speak of the bank's ids."""
 
     def __post_init__(self) -> None:
-        positive(self, "temperature")
+        self.positive("temperature")
         for kind in self.virtual:
             if kind not in ("null", "copy"):
                 raise UserError(f"Router.virtual: {kind!r} is neither 'null' nor 'copy'")

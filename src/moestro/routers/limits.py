@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from ..core.config import config
 from ..core.errors import UserError
-from .bases import Limit, Priority, positive
+from .bases import Limit, Priority
 
 __all__ = [
     "BatchPrioritised",
@@ -80,9 +80,8 @@ class Capacity(Limit):
     """Units that share the room: the whole batch, or each segment."""
 
     def __post_init__(self) -> None:
-        positive(self, "factor")
-        if self.eval_factor is not None:
-            positive(self, "eval_factor")
+        self.positive("factor")
+        self.positive("eval_factor")
         if self.min_capacity < 0:
             raise UserError(f"Capacity.min_capacity: {self.min_capacity} is negative")
 
@@ -100,4 +99,4 @@ class RandomSecond(Limit):
     """A limit for what is left."""
 
     def __post_init__(self) -> None:
-        positive(self, "threshold")
+        self.positive("threshold")

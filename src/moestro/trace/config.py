@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
-from ..core.errors import UserError
 
 
 @config
@@ -25,6 +24,5 @@ class Recording(Config):
     """Dtype of combine weights and entropies in the tables."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("max_rows", 2), ("max_samples", 2), ("max_units", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"Recording.{name} must be at least {least}, not {getattr(self, name)}")
+        self.at_least(1, "every", "max_units")
+        self.at_least(2, "max_rows", "max_samples")

@@ -60,12 +60,8 @@ class TrainRun(Config):
     """CPU threads; 0 = as torch chooses. Results repeat to the last bit only with the same number."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            *(("steps", 1), ("batch_size", 1), ("seq_len", 1), ("eval_windows", 1), ("starved_after", 1)),
-            *(("micro_batch", 0), ("eval_every", 0), ("save_every", 0), ("threads", 0)),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"TrainRun.{name} must be at least {least}, found {getattr(self, name)}")
+        self.at_least(1, "steps", "batch_size", "seq_len", "eval_windows", "starved_after")
+        self.at_least(0, "micro_batch", "eval_every", "save_every", "threads")
         if self.seq_len > self.model.context:
             raise UserError(
                 f"TrainRun.seq_len {self.seq_len} is longer than the model's context {self.model.context}; "
