@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core.errors import UserError
+from ..core.folders import user_cache
 from .source import Source, chunks, examine, identity
 from .tokenizer import Bytes, Tokenizer
 
@@ -51,13 +51,7 @@ def cache_folder(chosen: str = "") -> Path:
     said = chosen or os.environ.get("MOESTRO_DATA", "")
     if said:
         return Path(said).expanduser() / "corpora"
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "moestro" / "corpora"
+    return user_cache() / "corpora"
 
 
 def writable(folder: Path) -> bool:

@@ -1,0 +1,21 @@
+"""The functions of the compiled library: name -> (result, arguments). A test compares them with the C source."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+__all__ = ["ABI", "SIGNATURES"]
+
+ABI = 1
+"""Equals what `moestro_abi` in probe.c returns; both change when a function's arguments change."""
+
+_POINTER = ctypes.c_void_p  # tensor.data_ptr(), or None
+_SIZE = ctypes.c_int64
+_INT = ctypes.c_int  # flags, threads
+_FLOAT = ctypes.c_float
+
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "moestro_abi": (_INT, ()),
+    "moestro_threads": (_INT, (_INT,)),
+}
