@@ -18,4 +18,7 @@ _FLOAT = ctypes.c_float
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_abi": (_INT, ()),
     "moestro_threads": (_INT, (_INT,)),
+    "moestro_experts_sizes": (None, (_POINTER, _INT, _POINTER)),
+    "moestro_experts_forward": (None, (_POINTER,)),
+    "moestro_experts_backward": (None, (_POINTER,)),
 }
