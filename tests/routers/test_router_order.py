@@ -29,7 +29,16 @@ def test_highest_equals_a_stable_sort(E: int, dtype: torch.dtype) -> None:
     value = values(E, dtype)
     for k in sorted({0, 1, 2, 3, min(4, E), min(5, E), min(8, E), min(12, E), E}):
         assert highest(value, k).tolist() == oracle(value, k), k
+        alone = [highest(row, k).tolist()[0] for row in value.split(1)]
+        assert alone == oracle(value, k), (k, "one token at a time")
     assert descending(value).tolist() == oracle(value, E)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_nan_is_the_highest(rows: int) -> None:
+    value = torch.tensor([[0.5, float("nan"), 2.0, float("inf")]]).expand(rows, 4)
+    for k in (1, 2, 3):
+        assert highest(value, k).tolist() == [[1, 3, 2][:k]] * rows
 
 
 def test_what_is_masked_comes_last_and_once() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from .plan import AnyPlan
-from .pytree import pytree, static
+from .pytree import changed, pytree, static
 
 __all__ = ["Carry", "Forecast", "Live", "Replay"]
 
@@ -64,7 +64,7 @@ class Carry:
         inside = {k[len(prefix) :]: v for k, v in self.own.items() if k.startswith(prefix)}
         if name in self.own:
             inside[""] = self.own[name]
-        return dataclasses.replace(self, own=inside)
+        return changed(self, own=inside)
 
     def back(self, name: str, child: Carry) -> Carry:
         """This carry after the child called `name` returned `child`: its stream, and its own things put back."""
@@ -73,7 +73,7 @@ class Carry:
         prefix = name + "."
         own = {k: v for k, v in self.own.items() if k != name and not k.startswith(prefix)}
         own |= {prefix + k if k else name: v for k, v in child.own.items()}
-        return dataclasses.replace(child, own=own)
+        return changed(child, own=own)
 
     @property
     def mine(self) -> Any:
@@ -82,18 +82,18 @@ class Carry:
 
     def keep(self, value: Any) -> Carry:
         """This carry with `value` as this module's own."""
-        return dataclasses.replace(self, own={**self.own, "": value})
+        return changed(self, own={**self.own, "": value})
 
     def with_state(self, name: str, value: Any) -> Carry:
-        return dataclasses.replace(self, state={**self.state, name: value})
+        return changed(self, state={**self.state, name: value})
 
     def take(self) -> tuple[Live | Forecast | None, Carry]:
         """What was made ahead for the routed layer that asks, and the carry for those after it."""
         if not self.ahead:
             return None, self
         rest = {d - 1: v for d, v in self.ahead.items() if d > 0}
-        return self.ahead.get(0), dataclasses.replace(self, ahead=rest)
+        return self.ahead.get(0), changed(self, ahead=rest)
 
     def give(self, distance: int, value: Live | Forecast) -> Carry:
         """Hand a plan or forecast to the routed layer `distance` routed layers after the next one."""
-        return dataclasses.replace(self, ahead={**self.ahead, distance: value})
+        return changed(self, ahead={**self.ahead, distance: value})

@@ -7,6 +7,7 @@ come out of CPU, GPU and compiled code.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -38,11 +39,20 @@ def _name(text: str) -> int:
 
 def fold(seed: Tensor | int, what: str | int) -> Tensor | int:
     """A new 62-bit seed from a seed and a name or number. Plain integers stay plain integers."""
+    if isinstance(seed, Tensor) or torch.compiler.is_compiling():
+        return _fold(seed, what)
+    return _remembered(seed, what)
+
+
+def _fold(seed: Tensor | int, what: str | int) -> Tensor | int:
     word = _name(what) if isinstance(what, str) else int(what)
     low, high = seed & _MASK, (seed >> 32) & 0x3FFFFFFF
     low2 = _mix(low ^ _mix(word & _MASK))
     high2 = _mix(high ^ low2 ^ _mix((word >> 32) & _MASK)) & 0x3FFFFFFF
     return (high2 << 32) | low2
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_fold)  # decoding folds the same names into the same seed all the time
 
 
 def _words(seed: Tensor | int, unit: Tensor, n: int, stream: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .pytree import pytree, static
+from .pytree import changed, pytree, static
 
 __all__ = [
     "SCHEMA",
@@ -241,7 +241,7 @@ def slim(plan: AnyPlan, keep: frozenset[str] = frozenset()) -> AnyPlan:
     gone: dict[str, Any] = {n: None for n in ("probs", "logits") if n not in keep and getattr(plan, n) is not None}
     if "extra" not in keep and plan.extra:
         gone["extra"] = {}
-    return dataclasses.replace(plan, **gone) if gone else plan
+    return changed(plan, **gone) if gone else plan
 
 
 def merge(plans: Sequence[Plan]) -> Plan:

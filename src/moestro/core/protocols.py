@@ -37,6 +37,9 @@ class Experts(Protocol):
 
     context: what is not aligned with rows (keys, masks, conditioning). weights: name -> tensor in place of the bank's
     own parameters (gathered, paged or replicated); nobody else reads parameters.
+
+    Experts and exchanges may also have `mixture(units [T, *unit], plan, context, weights) -> y [T, *unit']`: gather,
+    experts and combine in one, equal to `ops.combine.through`, which stands in for those that have none.
     """
 
     def __call__(

@@ -9,16 +9,31 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
+import torch
 from torch.utils import _pytree
 
-__all__ = ["pytree", "static"]
+__all__ = ["changed", "pytree", "static"]
 
 C = TypeVar("C", bound=type)
+V = TypeVar("V")
 
 
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is no tensor: it becomes part of the tree's structure and must be comparable."""
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+def changed(value: V, **fields: Any) -> V:
+    """The frozen dataclass `value` with other fields: `dataclasses.replace` at a fifth of its price.
+
+    For classes without `__post_init__` and slots, and for names that are fields: nothing is checked. Every layer of
+    every decoded token narrows its signals and its carry this way.
+    """
+    if torch.compiler.is_compiling():
+        return dataclasses.replace(value, **fields)  # type: ignore[type-var]
+    made = object.__new__(type(value))
+    made.__dict__.update(value.__dict__, **fields)
+    return made
 
 
 def pytree(cls: C) -> C:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .draws import fold
 from .errors import MissingSignalError
-from .pytree import pytree, static
+from .pytree import changed, pytree, static
 
 __all__ = ["Signals"]
 
@@ -30,6 +30,7 @@ class Signals:
         attend: the preceding attention as an operator, v [T, D] -> A v [T, D], or None.
         knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ...
         keep: names of plan tensors ("probs", "logits", "extra") that must outlive the layer's losses.
+        quiet: nobody reads the trail of this pass (generation): layers leave it empty, and count nothing.
     """
 
     valid: Tensor | None = None
@@ -46,10 +47,11 @@ class Signals:
     attend: Callable[[Tensor], Tensor] | None = static(default=None)
     knobs: Mapping[str, Any] = static(default_factory=dict)
     keep: frozenset[str] = static(default=frozenset())
+    quiet: bool = static(default=False)
 
     def at(self, name: str) -> Signals:
         """The signals for the child called `name`: the seed is folded with the name."""
-        return dataclasses.replace(self, seed=fold(self.seed, name))
+        return changed(self, seed=fold(self.seed, name))
 
     def knob(self, name: str, default: Any) -> Any:
         """A call-time value, or the configured one."""

@@ -95,6 +95,8 @@ class Trail(Mapping[Key, Record]):
         """Both trails. The same key twice is an error: a layer that runs twice needs two passes or two paths."""
         if not other.records:
             return self
+        if not self.records:
+            return other
         twice = self.records.keys() & other.records.keys()
         if twice:
             raise UserError(

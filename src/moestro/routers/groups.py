@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.pytree import changed
 from ..core.signals import Signals
 from . import config as cfg
 from .order import highest
@@ -55,4 +54,4 @@ class GroupLimitedSelect(SelectStep):
         worth = torch.topk(order, self.best, dim=-1).values.sum(dim=-1)  # values only: no ties to break
         inside = torch.zeros_like(worth, dtype=torch.bool).scatter(1, highest(worth, self.kept), True)
         allowed = inside.repeat_interleave(self.size, dim=1)
-        return self.inner(dataclasses.replace(scores, allowed=allowed), x, signals.at("inner"))
+        return self.inner(changed(scores, allowed=allowed), x, signals.at("inner"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
+from ..core.pytree import changed
 from ..core.signals import Signals
 from . import config as cfg
 from .steps import Choice, Scores, SelectStep
@@ -43,7 +43,7 @@ class LossFreeSelect(SelectStep):
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         rank = scores.order.detach() + self.bias.to(scores.order.dtype)
-        return self.inner(dataclasses.replace(scores, rank=rank), x, signals.at("inner"))
+        return self.inner(changed(scores, rank=rank), x, signals.at("inner"))
 
     @torch.no_grad()
     def step(self, counts: Tensor) -> None:

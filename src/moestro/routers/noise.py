@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +9,7 @@ from torch.nn import functional as F
 from ..core.carry import Carry
 from ..core.draws import normal
 from ..core.params import ParamInfo
+from ..core.pytree import changed
 from ..core.signals import Signals
 from . import config as cfg
 from .score import linear
@@ -40,7 +39,7 @@ class _Noise(ScoreStep):
         std = self.std(x, logits)
         draw = normal(signals.seed, unit_ids(signals, logits), logits.shape[1], dtype=logits.dtype)
         extra = {**scores.extra, "noisy_logits": logits + std * draw, "noise_std": std}
-        return dataclasses.replace(scores, extra=extra), carry
+        return changed(scores, extra=extra), carry
 
 
 class NoisyScore(_Noise):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from ..core.carry import Carry, Replay
 from ..core.errors import UserError
 from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan
+from ..core.pytree import changed
 from ..core.signals import Signals
 from ..ops.choice import commit
 from . import config as cfg
@@ -84,7 +84,7 @@ class StepRouter(nn.Module):
         carry = carry.back("score", after)
         temperature = signals.knob("temperature", self.config.temperature)
         noisy = scores.extra.get("noisy_logits")
-        scores = dataclasses.replace(
+        scores = changed(
             scores,
             probs=self._activate(scores.logits, temperature),
             rank=None if noisy is None else self._activate(noisy.detach(), temperature),
@@ -95,7 +95,7 @@ class StepRouter(nn.Module):
             before = scores.probs
             scores, after = self.mix(scores, x, signals.at("mix"), carry.at("mix"))
             carry = carry.back("mix", after)
-            scores = dataclasses.replace(scores, extra={**scores.extra, "unmixed_probs": before})
+            scores = changed(scores, extra={**scores.extra, "unmixed_probs": before})
         return scores, carry
 
     def _activate(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
@@ -126,7 +126,9 @@ class StepRouter(nn.Module):
             expert, kept = first >> 1, (first & 1).bool()
             if others:
                 extra = {"chosen": self.subset.to_bank(others[0])}
-        complete = choice.complete and self.limit is None and signals.valid is None and not self.virtual
+        everywhere = choice.complete and self.limit is None and signals.valid is None
+        complete = everywhere and not self.virtual
+        scores = changed(scores, everywhere=everywhere)
         return self._table(expert, kept, scores, signals, capacity=capacity, complete=complete, extra=extra)
 
     def _replay(self, plan: AnyPlan, scores: Scores, signals: Signals) -> AnyPlan:
@@ -164,10 +166,13 @@ class StepRouter(nn.Module):
         complete: bool,
         extra: dict[str, Tensor],
     ) -> Plan:
-        counted = expert >= 0 if kept is None else (expert >= 0) & kept
+        weight = self.weigh(scores, expert)
+        if not scores.everywhere:
+            counted = expert >= 0 if kept is None else (expert >= 0) & kept
+            weight = torch.where(counted, weight, 0.0)
         return Plan(
             expert=self.subset.to_bank(expert),
-            weight=torch.where(counted, self.weigh(scores, expert), 0.0),
+            weight=weight,
             kept=kept,
             num_experts=self.num_experts,
             virtual=self.virtual,
@@ -204,9 +209,9 @@ class StepRouter(nn.Module):
 
 
 def _no_autocast(device_type: str) -> Any:
-    if torch.amp.is_autocast_available(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # the meta device
+    return contextlib.nullcontext()
 
 
 def _in_range(name: str, ids: Tensor, end: int) -> None:

@@ -40,7 +40,8 @@ class Scores:
         valid: [T] bool or None; False = padding.
         extra: tensors that end in the plan; score steps put "noisy_logits" and "noise_std" here.
 
-    Static: temperature, by which logits were divided before the activation.
+    Static: temperature, by which logits were divided before the activation; everywhere, a promise to the weigh step
+    that the table of choices holds an id at every place.
     """
 
     logits: Tensor
@@ -50,6 +51,7 @@ class Scores:
     valid: Tensor | None = None
     extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     temperature: float | Tensor = static(default=1.0)
+    everywhere: bool = static(default=False)
 
     @property
     def order(self) -> Tensor:

@@ -12,12 +12,18 @@ from .steps import Scores, WeighStep
 __all__ = ["ConstantWeight", "RawWeight", "RenormalisedWeight", "SoftmaxKeptWeight", "chosen"]
 
 
-def chosen(value: Tensor, expert: Tensor) -> Tensor:
-    """[T, K] entries of `value` [T, E'] at the chosen ids, 0 where there is no choice.
+def chosen(value: Tensor, expert: Tensor, everywhere: bool = False) -> Tensor:
+    """[T, K] entries of `value` [T, E'] at the chosen ids, 0 where there is no choice (`everywhere`: there always is).
 
     Absent choices read column 0 and are masked, so that the backward pass adds zeros only where an index repeats.
     """
+    if everywhere:
+        return value.gather(1, expert)
     return torch.where(expert >= 0, value.gather(1, expert.clamp_min(0)), 0.0)
+
+
+def _scaled(weight: Tensor, scale: float) -> Tensor:
+    return weight if scale == 1.0 else weight * scale
 
 
 class RenormalisedWeight(WeighStep):
@@ -28,9 +34,9 @@ class RenormalisedWeight(WeighStep):
         self.scale = config.scale
 
     def forward(self, scores: Scores, expert: Tensor) -> Tensor:
-        weight = chosen(scores.probs, expert)
+        weight = chosen(scores.probs, expert, scores.everywhere)
         total = weight.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
-        return weight / total * self.scale
+        return _scaled(weight / total, self.scale)
 
 
 class RawWeight(WeighStep):
@@ -43,7 +49,7 @@ class RawWeight(WeighStep):
         self.scale = config.scale
 
     def forward(self, scores: Scores, expert: Tensor) -> Tensor:
-        return chosen(scores.probs, expert) * self.scale
+        return _scaled(chosen(scores.probs, expert, scores.everywhere), self.scale)
 
     def of_slots(self, scores: Scores, unit: Tensor) -> Tensor:
         G, E, C = unit.shape
@@ -59,10 +65,14 @@ class SoftmaxKeptWeight(WeighStep):
         self.scale = config.scale
 
     def forward(self, scores: Scores, expert: Tensor) -> Tensor:
-        logits = chosen(scores.logits, expert) / scores.temperature
+        logits = chosen(scores.logits, expert, scores.everywhere)
+        if isinstance(scores.temperature, Tensor) or scores.temperature != 1.0:
+            logits = logits / scores.temperature
+        if scores.everywhere:
+            return _scaled(logits.softmax(dim=1), self.scale)
         # the lowest finite number, not -inf: a unit without any choice must not become NaN
         weight = logits.masked_fill(expert < 0, torch.finfo(logits.dtype).min).softmax(dim=1)
-        return torch.where(expert >= 0, weight, 0.0) * self.scale
+        return _scaled(torch.where(expert >= 0, weight, 0.0), self.scale)
 
 
 class ConstantWeight(WeighStep):
