@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moestro.core.errors import UserError
 from moestro.ops.expert_mlp import ACTIVATIONS, gated_mlp, mlp, naive, stacked
-from moestro.ops.grouped import fused, loop
+from moestro.ops.expert_mlp.problem import Spec
+from moestro.ops.grouped import loop
 from moestro.testing.compare import assert_close
 from ops.ops_cases import bounds, compare, randn, twice
 
@@ -112,19 +113,21 @@ def test_flat_layout_of_equal_widths_is_the_stacked_one() -> None:
 
 
 @pytest.mark.parametrize("counts", [c for c in COUNTS if c != "no rows"])
-def test_whole_products_through_the_loop(counts: str) -> None:
+def test_whole_products_through_the_loop(counts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What other devices fall back to."""
-    offsets, E, backend = bounds(*COUNTS[counts]), len(COUNTS[counts]), loop
+    monkeypatch.setattr(stacked, "supported", lambda spec: (True, "asked for"))
+    monkeypatch.setattr(stacked, "products_for", lambda spec: loop)
+    offsets, E = bounds(*COUNTS[counts]), len(COUNTS[counts])
     x = randn(int(offsets[-1]), D)
     compare(
         ["rows", "gate_up", "down"],
-        lambda r, u, d: stacked.StackedGated.apply(r, u, d, offsets, "silu", backend),
+        lambda r, u, d: gated_mlp(r, u, d, offsets, "silu"),
         lambda r, u, d: naive.gated_mlp(r, u, d, offsets, "silu"),
         [x, *gated(E)],
     )
     compare(
         ["rows", "up", "down", "up_bias", "down_bias"],
-        lambda r, u, d, a, b: stacked.StackedMlp.apply(r, u, d, offsets, "gelu", a, b, backend),
+        lambda r, u, d, a, b: mlp(r, u, d, offsets, "gelu", a, b),
         lambda r, u, d, a, b: naive.mlp(r, u, d, offsets, "gelu", a, b),
         [x, *plain(E), *biases(E)],
     )
@@ -279,17 +282,17 @@ def test_saved_for_the_backward_pass() -> None:
     assert sum(sizes) == 50 * 2 * F
 
 
-def test_sizes_decide(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(rows: int, D: int, F: int, E: int, dtype: torch.dtype = torch.float32) -> bool:
-        gate_up, down = torch.empty(E, 2 * F, D, dtype=dtype), torch.empty(E, D, F, dtype=dtype)
-        return stacked.whole_products(torch.empty(rows, D, dtype=dtype), gate_up, down) is fused
+def test_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(rows: int, dim: int, width: int, experts: int, dtype: torch.dtype = torch.float32) -> bool:
+        spec = Spec(device="cpu", dtype=dtype, rows=rows, dim=dim, width=width, experts=experts)
+        return stacked.supported(spec)[0]
 
     monkeypatch.undo()
-    assert chosen(4096, 64, 128, 32)
-    assert not chosen(8192, 128, 256, 8)
-    assert not chosen(0, 64, 128, 32)
-    assert not chosen(64, 64, 130, 32)  # rows of 520 bytes
-    assert not chosen(64, 64, 128, 32, torch.float64)
+    assert whole(4096, 64, 128, 32)
+    assert not whole(8192, 128, 256, 8)
+    assert not whole(0, 64, 128, 32)
+    assert not whole(64, 64, 130, 32)  # rows of 520 bytes
+    assert not whole(64, 64, 128, 32, torch.float64)
 
 
 def test_errors() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core.carry import Forecast
 from ..core.plan import AnyPlan
 from ..core.rows import Rows
+from .base import mixture
 from .config import Local
 
 __all__ = ["Attribute", "LocalExchange"]
@@ -30,11 +31,16 @@ class Attribute:
     ) -> Tensor:
         return getattr(self.owner, self.name)(rows, index, context, weights)
 
+    def mixture(
+        self, units: Tensor, plan: AnyPlan, context: Any = None, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        return mixture(getattr(self.owner, self.name), units, plan, context, weights)
+
 
 class LocalExchange:
-    """Hands rows to the bank as they are. `prepare` has nothing to prepare.
+    """Hands rows to the bank as they are, and units with their plan too. `prepare` has nothing to prepare.
 
-    Shapes: rows [R, *unit] -> [R, *unit'].
+    Shapes: rows [R, *unit] -> [R, *unit']; `mixture`: units [T, *unit] -> [T, *unit'].
     """
 
     def __init__(self, config: Local, inner: Any) -> None:
@@ -48,3 +54,8 @@ class LocalExchange:
         self, rows: Tensor, index: Rows, context: Any = None, weights: dict[str, Tensor] | None = None
     ) -> Tensor:
         return self.inner(rows, index, context, weights)
+
+    def mixture(
+        self, units: Tensor, plan: AnyPlan, context: Any = None, weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        return mixture(self.inner, units, plan, context, weights)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..core.account import Cost
 from ..core.errors import UserError, did_you_mean
 from ..core.params import Role
+from ..core.plan import AnyPlan
 from ..core.rows import Rows
+from ..ops.combine import through
 
 __all__ = ["Bank"]
 
@@ -23,6 +25,12 @@ class Bank(nn.Module):
     role: what its parameters are described as, "expert" or "shared_expert".
     met: how many of its experts a unit meets on average; the layer around it says so, accounting reads it.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class that changes `forward` alone does not inherit a `mixture` that knows nothing of the change."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__ and "mixture" not in cls.__dict__:
+            cls.mixture = Bank.mixture
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -56,6 +64,12 @@ class Bank(nn.Module):
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         raise NotImplementedError
+
+    def mixture(
+        self, units: Tensor, plan: AnyPlan, context: Any = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """y [T, *unit'] of units [T, *unit] under a plan: gather, `forward` and combine."""
+        return through(self, units, plan, context, None if weights is None else dict(weights))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}"

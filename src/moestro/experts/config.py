@@ -32,6 +32,8 @@ class Gated(Experts):
     """Hidden width of each expert; a tuple gives every expert its own."""
     activation: Activation = "silu"
     """Activation of the gate."""
+    deterministic: bool = False
+    """Whether a row comes out bitwise equal alone and in any batch; slower for few tokens."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "Gated.width")
@@ -48,6 +50,8 @@ class MLP(Experts):
     """Activation between the two maps."""
     bias: bool = False
     """Whether both maps have a bias."""
+    deterministic: bool = False
+    """Whether a row comes out bitwise equal alone and in any batch; slower for few tokens."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "MLP.width")

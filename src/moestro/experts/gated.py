@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.params import ParamInfo
+from ..core.plan import AnyPlan, Plan
 from ..core.rows import Rows
-from ..ops.expert_mlp import gated_mlp
+from ..ops.combine import table_weight
+from ..ops.expert_mlp import FEW, gated_few, gated_mixture, gated_mlp
+from ..ops.rows import rows as derive_rows
 from .bank import Bank, scaled, uniform_
 from .config import Gated
 
@@ -60,9 +63,31 @@ class GatedBank(Bank):
     def forward(
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        p = self.values(weights)
-        out = gated_mlp(rows, p["gate_up"], p["down"], index.offsets, self.config.activation, self.widths)
+        p, config = self.values(weights), self.config
+        out = gated_mlp(
+            rows, p["gate_up"], p["down"], index.offsets, config.activation, self.widths, config.deterministic
+        )
         return scaled(out, index)
+
+    def mixture(
+        self, units: Tensor, plan: AnyPlan, context: Any = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """y [T, D] of units [T, D] under a plan, as one operation; without sorting where there are few choices."""
+        p, config = self.values(weights), self.config
+        gate_up, down = p["gate_up"], p["down"]
+        if isinstance(plan, Plan) and self._few(plan, units, gate_up, down):
+            real = plan.kept is None and plan.valid is None
+            expert = plan.expert if real else torch.where(plan.routed(), plan.expert, -1)
+            return gated_few(units, expert, plan.weight, gate_up, down, config.activation)
+        index = derive_rows(plan)
+        weight = table_weight(plan, index)
+        return gated_mixture(units, weight, index, gate_up, down, config.activation, self.widths, config.deterministic)
+
+    def _few(self, plan: Plan, *tensors: Tensor) -> bool:
+        """Whether the path that reads the table serves: few choices, no gradient, nothing it cannot promise."""
+        if self.widths is not None or self.config.deterministic or plan.expert.numel() > FEW:
+            return False
+        return not torch.is_grad_enabled() or not any(t.requires_grad for t in (plan.weight, *tensors))
 
     def param_info(self) -> dict[str, ParamInfo]:
         """Blocks of unequal widths count no experts along an axis and are not one matrix: they declare neither."""

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.params import ParamInfo
+from ..core.plan import AnyPlan
 from ..core.rows import Rows
-from ..ops.expert_mlp import mlp
+from ..ops.combine import table_weight
+from ..ops.expert_mlp import mlp, mlp_mixture
+from ..ops.rows import rows as derive_rows
 from .bank import Bank, scaled, uniform_
 from .config import MLP
 
@@ -47,10 +50,19 @@ class MLPBank(Bank):
     def forward(
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        p = self.values(weights)
-        activation = self.config.activation
-        out = mlp(rows, p["up"], p["down"], index.offsets, activation, p.get("up_bias"), p.get("down_bias"))
+        p, config = self.values(weights), self.config
+        biases = p.get("up_bias"), p.get("down_bias")
+        out = mlp(rows, p["up"], p["down"], index.offsets, config.activation, *biases, config.deterministic)
         return scaled(out, index)
+
+    def mixture(
+        self, units: Tensor, plan: AnyPlan, context: Any = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """y [T, D] of units [T, D] under a plan, as one operation."""
+        p, config, index = self.values(weights), self.config, derive_rows(plan)
+        biases = p.get("up_bias"), p.get("down_bias")
+        weight = table_weight(plan, index)
+        return mlp_mixture(units, weight, index, p["up"], p["down"], config.activation, *biases, config.deterministic)
 
     def per_row(self) -> tuple[int, int]:
         return sum(p.numel() for p in self.parameters()), 2 * (self.up.numel() + self.down.numel())

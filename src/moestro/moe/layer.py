@@ -12,13 +12,11 @@ from ..core import account
 from ..core.account import Cost
 from ..core.carry import Carry, Forecast, Live, Replay
 from ..core.errors import UserError
-from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan
-from ..core.rows import Rows
+from ..core.plan import AnyPlan, Plan
 from ..core.signals import Signals
 from ..core.trail import Trail
+from ..dispatch.base import mixture
 from ..dispatch.local import Attribute
-from ..ops.combine import combine, gather_rows, table_weight
-from ..ops.rows import rows
 from . import config as cfg
 from .expected import expected_k
 from .record import build_losses, note
@@ -99,9 +97,7 @@ class MoELayer(Routed):
         if plan.owner is not None:
             plan = to_tokens(plan, valid)
         self.exchange.prepare(plan)
-        index = _bounded(rows(plan), plan)
-        out = self.exchange(gather_rows(units, index), index)
-        y = combine(out, table_weight(plan, index), index)
+        y = mixture(self.exchange, units, plan)
         y = _add_copies(y, units, plan)
         if self.shared is not None:
             alone = self.shared(units, all_to_one(units.shape[0], units.device))
@@ -132,13 +128,6 @@ def route(router: Any, seen: Tensor, signals: Signals, carry: Carry, exchange: A
     if isinstance(given, Replay):
         after = dataclasses.replace(after, own={k: v for k, v in after.own.items() if k})
     return plan, carry.back("router", after)
-
-
-def _bounded(index: Rows, plan: AnyPlan) -> Rows:
-    """The index with the capacity that the type of the plan implies: experts that choose, experts that take all."""
-    if isinstance(plan, ExpertChoice):
-        return dataclasses.replace(index, capacity=plan.unit.shape[0] * plan.unit.shape[2])
-    return dataclasses.replace(index, capacity=index.num_units) if isinstance(plan, Dense) else index
 
 
 def _add_copies(y: Tensor, units: Tensor, plan: AnyPlan) -> Tensor:

@@ -1,7 +1,10 @@
-"""Expert MLPs on rows sorted by expert: gated and plain, forward and backward in one pass over the experts."""
+"""Expert MLPs, gated and plain: on rows sorted by expert, from units to mixtures, and for a few units when decoding."""
 
+from . import flops as _flops  # registers the formulas
 from .activations import ACTIVATIONS
-from .gated import gated_mlp
-from .plain import mlp
+from .few import FEW, gated_few
+from .functions import gated_mixture, gated_mlp, mlp, mlp_mixture
 
-__all__ = ["ACTIVATIONS", "gated_mlp", "mlp"]
+__all__ = ["ACTIVATIONS", "FEW", "gated_few", "gated_mixture", "gated_mlp", "mlp", "mlp_mixture"]
+
+del _flops

@@ -57,6 +57,27 @@ class Problem:
         """F, the widest where widths differ."""
         return self.down.shape[2] if self.widths is None else max(self.widths, default=0)
 
+    def hidden_shape(self) -> tuple[int, int]:
+        """[R, 2F] for gated experts, [R, F] for plain ones: what a forward pass may keep for the backward pass.
+
+        One shape for all backends, so that the op has a shape without looking at data; the memory is a backend's own to
+        lay out. Where widths differ, F is the widest; a backend fills what it needs, from the start.
+        """
+        return self.num_rows, (2 if self.gated else 1) * self.width
+
+    def row_weights(self) -> Tensor | None:
+        """[R]: the weight of each row's choice, or None where there is none to combine with."""
+        if self.weight is None:
+            return None
+        return self.weight.reshape(-1).index_select(0, self.places())
+
+    def places(self) -> Tensor:
+        """[R] int64: where each row's choice lies in the flattened `inverse` and `weight`. Distinct."""
+        assert self.unit is not None
+        assert self.slot is not None
+        assert self.inverse is not None
+        return self.unit * self.inverse.shape[1] + self.slot
+
     def spec(self) -> Spec:
         """What backends see."""
         cuda = self.x.device.type == "cuda"

@@ -7,8 +7,9 @@ import itertools
 from torch import Tensor
 
 from ...core.errors import UserError
+from ...core.rows import Rows
 
-__all__ = ["Groups", "blocks", "check_gated", "check_mlp"]
+__all__ = ["Groups", "blocks", "check_gated", "check_mixture", "check_mlp"]
 
 
 class Groups:
@@ -39,19 +40,35 @@ def blocks(
     return first.split([factor * f for f in widths]), down.split(list(widths))
 
 
-def check_gated(rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, widths: tuple[int, ...] | None) -> None:
+def check_gated(
+    what: str, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, widths: tuple[int, ...] | None
+) -> None:
     """Raise `UserError` unless the shapes of a gated bank fit its rows."""
-    _check("gated_mlp", "gate_up", 2, rows, gate_up, down, offsets, widths)
+    _check(what, "gate_up", 2, rows, gate_up, down, offsets, widths)
 
 
 def check_mlp(
-    rows: Tensor, up: Tensor, down: Tensor, offsets: Tensor, up_bias: Tensor | None, down_bias: Tensor | None
+    what: str,
+    rows: Tensor,
+    up: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
 ) -> None:
     """Raise `UserError` unless the shapes of a plain bank fit its rows."""
-    _check("mlp", "up", 1, rows, up, down, offsets, None)
+    _check(what, "up", 1, rows, up, down, offsets, None)
     for name, bias, matrix in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
         if bias is not None and bias.shape != matrix.shape[:2]:
-            raise UserError(f"mlp: {name} must be {list(matrix.shape[:2])}, not {list(bias.shape)}")
+            raise UserError(f"{what}: {name} must be {list(matrix.shape[:2])}, not {list(bias.shape)}")
+
+
+def check_mixture(what: str, x: Tensor, weight: Tensor, index: Rows) -> None:
+    """Raise `UserError` unless the weights and the units fit the index."""
+    if x.shape[0] != index.num_units:
+        raise UserError(f"{what}: the index is about {index.num_units} units, x has {x.shape[0]}")
+    if weight.shape != index.inverse.shape:
+        raise UserError(f"{what}: weight must be {list(index.inverse.shape)}, not {list(weight.shape)}")
 
 
 def _check(

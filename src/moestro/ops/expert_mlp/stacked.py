@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..grouped import Spec, choose, fused
+from .. import grouped
+from ..combine.sums import sum_rows
+from ..grouped import fused
 from ..grouped.choose import Backend
-from ..precision import autocast_off
+from ..precision import sum_dtype
 from .activations import activation_named
+from .by_expert import table_of
+from .problem import Grads, Problem, Spec, Wanted
 
-__all__ = ["StackedGated", "StackedMlp", "whole_products"]
+__all__ = ["backward", "forward", "products_for", "supported"]
+
+NAME = "whole_products"
 
 # Hidden values per expert from which going expert by expert is faster on a CPU, because they stay in cache. Measured
 # forward and backward in fp32 (D 64-512, F 64-256, E 8-64, 8 to 1024 rows per expert; time by expert over time of whole
@@ -20,86 +24,107 @@ __all__ = ["StackedGated", "StackedMlp", "whole_products"]
 CACHED = 2**16
 
 
-def whole_products(rows: Tensor, first: Tensor, down: Tensor) -> Backend | None:
-    """The backend for whole products over rows [R, D] and banks [E, *, D], [E, D, F], or None: one expert at a time."""
-    specs = Spec.of(rows, first), Spec.of(rows, down)
-    if rows.device.type != "cpu":
-        return choose(*specs)
-    small = rows.shape[0] * down.shape[2] < CACHED * down.shape[0]
-    return fused if small and choose(*specs) is fused else None  # type: ignore[return-value]
+def supported(spec: Spec) -> tuple[bool, str]:
+    """Equal widths; on the CPU only where this is the faster way."""
+    if spec.deterministic:
+        return False, "torch's products round differently for one row than for many"
+    if spec.unequal:
+        return False, "the widths differ"
+    chosen = products_for(spec)
+    if spec.device != "cpu":
+        return True, f"whole products by {chosen.NAME}"
+    if spec.rows * spec.width >= CACHED * spec.experts:
+        return False, f"{CACHED} or more hidden values per expert stay in cache if experts take turns"
+    if chosen is not fused:
+        return False, f"{chosen.NAME} saves no calls"
+    return True, "experts have little to do each"
 
 
-class StackedGated(torch.autograd.Function):
-    """down(act(gate(x)) * up(x)); saves its inputs and the pre-activations [R, 2F]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, activation: str, backend: Backend
-    ) -> Tensor:
-        ctx.activation, ctx.backend = activation_named(activation), backend
-        with autocast_off(rows.device):
-            both = backend.products(rows, gate_up, offsets)
-            gate, up = both.chunk(2, dim=1)
-            h = torch.empty_like(gate, memory_format=torch.contiguous_format)
-            ctx.activation.forward(gate, h)
-            out = backend.products(h.mul_(up), down, offsets)
-        ctx.save_for_backward(rows, gate_up, down, offsets, both)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gate_up, down, offsets, both = ctx.saved_tensors
-        act, backend, grad = ctx.activation, ctx.backend, grads[0].contiguous()
-        gate, up = both.chunk(2, dim=1)
-        with autocast_off(rows.device):
-            d_h = backend.transposed_products(grad, down, offsets)
-            h = torch.empty_like(d_h)
-            act.forward(gate, h)
-            d_both = torch.empty_like(both)
-            torch.mul(d_h, h, out=d_both[:, up.shape[1] :])
-            d_down = backend.outer(grad, h.mul_(up), offsets)
-            act.backward(d_h.mul_(up), gate, d_both[:, : up.shape[1]])
-            d_rows = backend.transposed_products(d_both, gate_up, offsets)
-            d_gate_up = backend.outer(d_both, rows, offsets)
-        return d_rows, d_gate_up, d_down, None, None, None
+def products_for(spec: Spec) -> Backend:
+    """The grouped product for both maps of the experts."""
+    first = grouped.Spec(
+        device=spec.device,
+        dtype=spec.dtype,
+        rows=spec.rows,
+        inputs=spec.dim,
+        outputs=(2 if spec.gated else 1) * spec.width,
+        experts=spec.experts,
+        capability=spec.capability,
+    )
+    second = grouped.Spec(
+        device=spec.device,
+        dtype=spec.dtype,
+        rows=spec.rows,
+        inputs=spec.width,
+        outputs=spec.dim,
+        experts=spec.experts,
+        capability=spec.capability,
+    )
+    return grouped.choose(first, second)
 
 
-class StackedMlp(torch.autograd.Function):
-    """down(act(up(x) + up_bias)) + down_bias; saves its inputs and the pre-activations [R, F]."""
+def forward(p: Problem, save: bool, products: Backend | None = None) -> tuple[Tensor, Tensor]:
+    """y and the pre-activations [R, 2F] or [R, F] (of no rows, unless they are saved)."""
+    act, by = activation_named(p.activation), products or products_for(p.spec())
+    rows = p.x if p.unit is None else p.x.index_select(0, p.unit)
+    pre = by.products(rows, p.first, p.offsets, p.first_bias).contiguous()
+    gate, up = (pre[:, : p.width], pre[:, p.width :]) if p.gated else (pre, None)
+    h = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    act.forward(gate, h)
+    if up is not None:
+        h.mul_(up)
+    out = by.products(h, p.down, p.offsets, p.down_bias)
+    y = out.contiguous() if p.inverse is None else sum_rows(out, p.weight, p.inverse)
+    return y, pre if save else pre.new_empty(0, pre.shape[1])
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        up: Tensor,
-        down: Tensor,
-        offsets: Tensor,
-        activation: str,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        backend: Backend,
-    ) -> Tensor:
-        ctx.activation, ctx.backend = activation_named(activation), backend
-        with autocast_off(rows.device):
-            pre = backend.products(rows, up, offsets, up_bias)
-            h = torch.empty_like(pre)
-            ctx.activation.forward(pre, h)
-            out = backend.products(h, down, offsets, down_bias)
-        ctx.save_for_backward(rows, up, down, offsets, pre)
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, up, down, offsets, pre = ctx.saved_tensors
-        act, backend, grad = ctx.activation, ctx.backend, grads[0].contiguous()
-        with autocast_off(rows.device):
-            h = torch.empty_like(pre)
-            act.forward(pre, h)
-            d_down = backend.outer(grad, h, offsets)
-            d_pre = backend.transposed_products(grad, down, offsets)
-            act.backward(d_pre, pre, d_pre)
-            d_rows = backend.transposed_products(d_pre, up, offsets)
-            d_up = backend.outer(d_pre, rows, offsets)
-            d_up_bias = backend.columns(d_pre, offsets) if ctx.needs_input_grad[5] else None
-            d_down_bias = backend.columns(grad, offsets) if ctx.needs_input_grad[6] else None
-        return d_rows, d_up, d_down, None, None, d_up_bias, d_down_bias, None
+def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, products: Backend | None = None) -> Grads:
+    """The gradients that are wanted."""
+    act, by = activation_named(p.activation), products or products_for(p.spec())
+    gate, up = (hidden[:, : p.width], hidden[:, p.width :]) if p.gated else (hidden, None)
+    g = grad if p.unit is None else grad.index_select(0, p.unit)
+    w = p.row_weights()
+    d_h = by.transposed_products(g, p.down, p.offsets)
+    h = torch.empty_like(d_h)
+    act.forward(gate, h)
+    d_pre = torch.empty_like(hidden)
+    if up is not None:
+        torch.mul(d_h, h, out=d_pre[:, p.width :])
+        h.mul_(up)
+    d_weight = None
+    if wanted.weight:
+        dots = (d_h * h).sum(1, dtype=sum_dtype(h.dtype))
+        if p.down_bias is not None:
+            dots += _dots_with_bias(p, g)
+        d_weight = table_of(p, dots)
+    weighed = g
+    if w is not None:
+        w = w[:, None]
+        weighed = (g * w).to(g.dtype)
+    d_down = by.outer(weighed, h, p.offsets).contiguous() if wanted.down else None
+    d_down_bias = by.columns(weighed, p.offsets).contiguous() if wanted.down_bias else None
+    act.backward(d_h if up is None else d_h.mul_(up), gate, d_pre[:, : p.width])
+    if w is not None:
+        d_pre.mul_(w)
+    d_x = None
+    if wanted.x:
+        d_x = by.transposed_products(d_pre, p.first, p.offsets)
+        d_x = d_x.contiguous() if p.inverse is None else sum_rows(d_x, None, p.inverse)
+    return Grads(
+        x=d_x,
+        weight=d_weight,
+        first=by.outer(d_pre, p.x if p.unit is None else p.x.index_select(0, p.unit), p.offsets).contiguous()
+        if wanted.first
+        else None,
+        down=d_down,
+        first_bias=by.columns(d_pre, p.offsets).contiguous() if wanted.first_bias else None,
+        down_bias=d_down_bias,
+    )
+
+
+def _dots_with_bias(p: Problem, g: Tensor) -> Tensor:
+    """[R]: <g[r], the down bias of the row's expert>."""
+    assert p.down_bias is not None
+    expert = torch.bucketize(torch.arange(g.shape[0], device=g.device), p.offsets[1:], right=True)
+    bias = p.down_bias.index_select(0, expert.clamp_max_(p.num_experts - 1))
+    return (g * bias).sum(1, dtype=sum_dtype(g.dtype))
