@@ -51,7 +51,7 @@ def _outcome() -> _Outcome:
 def _first() -> _Outcome:
     try:
         return _get()
-    except Unavailable as why:
+    except (Unavailable, OSError) as why:
         _say(f"no CPU kernels: {why}; using torch")
         return _Outcome(None, str(why))
 
@@ -62,6 +62,8 @@ def _get() -> _Outcome:
         raise Unavailable("this torch was built without OpenMP, whose threads they run in")
     found = compiler.find()
     sources = sorted(SOURCE.glob("*.c"))
+    if not sources:
+        raise Unavailable(f"the package was installed without its C source ({SOURCE})")
     name = cache.key(instructions, found, [*sources, *sorted(SOURCE.glob("*.h"))])
     path, obstacle = None, ""
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ... import __version__
 from ...core.folders import user_cache
-from .compiler import COMPILE, LINK, Compiler
+from .compiler import Compiler, flags
 from .unavailable import Unavailable
 
 __all__ = ["folder", "intact", "key", "put"]
@@ -25,7 +25,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 def key(instructions: str, compiler: Compiler, files: Iterable[Path]) -> str:
     """The name of a library: changes with the package, its sources, the compiler, the flags and the instruction set."""
-    parts = [__version__, instructions, compiler.version, *compiler.command, "|", *COMPILE, *LINK, "|"]
+    parts = [__version__, instructions, compiler.version, *compiler.command, "|", *flags(instructions), "|"]
     digest = hashlib.sha256("\0".join(parts).encode(errors="surrogateescape"))
     for file in files:
         content = file.read_bytes()

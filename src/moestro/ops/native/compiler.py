@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from .unavailable import Unavailable
 
-__all__ = ["COMPILE", "LINK", "Compiler", "compile_library", "find"]
+__all__ = ["Compiler", "compile_library", "find", "flags"]
 
 # Contraction to fused multiply-add is wanted; -ffast-math is not, because it changes sums, NaN and infinity.
-COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=fast")
+_COMPILE = ("-O3", "-std=gnu11", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 # Without -fopenmp: its functions are found at load time in the runtime that torch has loaded, hence in torch's threads.
-LINK = ("-shared", "-Wl,-Bsymbolic", "-lm")
+_LINK = ("-shared", "-Wl,-Bsymbolic", "-lm")
 
 _LEVEL = {"avx512": "-march=x86-64-v4", "avx2": "-march=x86-64-v3"}
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mlzcnt", "-mmovbe")
@@ -26,6 +26,7 @@ _SPELLED = {  # for compilers from before the levels had names
     "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512cd", "-mavx512dq", "-mavx512vl"),
     "avx2": _AVX2,
 }
+_TUNE = ("-mtune=native",)  # chooses among instructions of the level, adds none
 _SECONDS = 300
 
 
@@ -53,29 +54,33 @@ def find() -> Compiler:
     raise Unavailable(f"there is no compiler {said!r}, which CC names" if said else "there is no C compiler (gcc)")
 
 
+def flags(instructions: str) -> tuple[str, ...]:
+    """All flags that are wanted. What one compiler knows of them follows from the compiler."""
+    return (*_COMPILE, _LEVEL[instructions], *_SPELLED[instructions], *_TUNE, *_LINK)
+
+
 def compile_library(compiler: Compiler, sources: Sequence[Path], instructions: str, folder: Path) -> Path:
     """Compile the sources, each by itself, into one shared library in `folder`. Raises `Unavailable`."""
-    flags = (*COMPILE, *_machine_flags(compiler, instructions, folder))
+    chosen = (*_COMPILE, *_machine_flags(compiler, instructions, folder))
     objects = [folder / f"{source.stem}.o" for source in sources]
-    lines = [(*compiler.command, *flags, "-c", str(s), "-o", str(o)) for s, o in zip(sources, objects, strict=True)]
+    lines = [(*compiler.command, *chosen, "-c", str(s), "-o", str(o)) for s, o in zip(sources, objects, strict=True)]
     with _running(lines, folder) as processes:  # side by side: every file takes its time
         for process in processes:
             _check(compiler, _finish(process))
     library = folder / "kernels.so"
-    _check(compiler, _run((*compiler.command, "-o", str(library), *map(str, objects), *LINK), folder))
+    _check(compiler, _run((*compiler.command, "-o", str(library), *map(str, objects), *_LINK), folder))
     if not library.is_file():
         raise Unavailable(f"{compiler.command[0]} wrote no library")
     return library
 
 
 def _machine_flags(compiler: Compiler, instructions: str, folder: Path) -> tuple[str, ...]:
-    def accepted(*flags: str) -> bool:
-        return not _run((*compiler.command, *flags, "-x", "c", "-E", os.devnull), folder).returncode
+    def accepted(*some: str) -> bool:
+        return not _run((*compiler.command, *some, "-x", "c", "-E", os.devnull), folder).returncode
 
     level = (_LEVEL[instructions],)
     level = level if accepted(*level) else _SPELLED[instructions]
-    tune = ("-mtune=native",)
-    return (*level, *tune) if accepted(*level, *tune) else level
+    return (*level, *_TUNE) if accepted(*level, *_TUNE) else level
 
 
 def _start(line: Sequence[str], folder: Path | None) -> subprocess.Popen[str]:
