@@ -12,13 +12,18 @@ from ..core.plan import AnyPlan, Plan
 from ..experts.config import Gated
 from ..moe.layer import MoELayer
 
-__all__ = ["Absent", "TransformersLayer", "install"]
+__all__ = ["Absent", "TransformersLayer", "install", "transformers_experts", "transformers_modules", "why"]
 
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}
 
 
 class Absent(Exception):
     """A contender that cannot run here; the message is what its row says."""
+
+
+def why(error: Exception) -> str:
+    """What the row of a contender that could not be built or run says."""
+    return str(error) if isinstance(error, Absent) else f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 class TransformersLayer(MoELayer):
@@ -52,23 +57,32 @@ def _experts(like: MoELayer, implementation: str) -> nn.Module:
     ours = like.config.experts
     if not isinstance(ours, Gated) or not isinstance(ours.width, int) or ours.activation not in ACTIVATIONS:
         raise Absent(f"it has no counterpart of {type(ours).__name__} experts with these settings")
+    gate_up, down = (t.detach().clone() for t in (like.experts.gate_up, like.experts.down))
+    return transformers_experts(gate_up, down, implementation, ours.activation)
+
+
+def transformers_experts(gate_up: Tensor, down: Tensor, implementation: str, activation: str = "silu") -> nn.Module:
+    """Their `Qwen3MoeExperts` on these very tensors: gate_up [E, 2F, D], down [E, D, F]. It is called with
+    (x [T, D], expert [T, K], weight [T, K]). Raises `Absent` where transformers cannot be imported."""
+    config, modeling = transformers_modules()
+    E, D, F = down.shape
+    with torch.device("meta"):
+        made: Any = modeling.Qwen3MoeExperts(
+            config.Qwen3MoeConfig(
+                num_experts=E, hidden_size=D, moe_intermediate_size=F, hidden_act=ACTIVATIONS[activation]
+            )
+        )
+    made.config._experts_implementation = implementation
+    made.gate_up_proj, made.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
+    return made
+
+
+def transformers_modules() -> tuple[Any, Any]:
+    """Their modules of Qwen3-MoE: (configuration, modeling). Raises `Absent` where there are none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            from transformers.models.qwen3_moe import configuration_qwen3_moe, modeling_qwen3_moe
     except ImportError as error:
         raise Absent(f"transformers is not installed or too old ({error}): pip install 'moestro[bench]'") from None
-    made: Any = Qwen3MoeExperts(
-        Qwen3MoeConfig(
-            num_experts=like.config.num_experts,
-            hidden_size=like.dim,
-            moe_intermediate_size=ours.width,
-            hidden_act=ACTIVATIONS[ours.activation],
-        )
-    )
-    made.config._experts_implementation = implementation
-    with torch.no_grad():
-        made.gate_up_proj.copy_(like.experts.gate_up)
-        made.down_proj.copy_(like.experts.down)
-    return made.to(like.experts.gate_up.device)
+    return configuration_qwen3_moe, modeling_qwen3_moe

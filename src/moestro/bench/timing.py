@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["Spread", "interleave", "ratio", "spread"]
 
@@ -31,18 +31,23 @@ def interleave(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
     each: Callable[[int, str], None] = lambda done, name: None,
+    most: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call, name -> one figure per round.
 
     A slow minute of the machine meets every contender: each round runs all of them once, starting one further every
-    time. `each(calls done, name)` is called after every call, for progress.
+    time. `each(calls done, name)` is called after every call, for progress. most: name -> the rounds after which a
+    contender (a slow one) sits out.
     """
     names = list(contenders)
+    limits = dict.fromkeys(names, rounds) | dict(most or {})
     seconds: dict[str, list[float]] = {name: [] for name in names}
     done = 0
     for turn in range(warmup + rounds):
         shift = turn % max(1, len(names))
         for name in names[shift:] + names[:shift]:
+            if turn - warmup >= limits[name]:
+                continue
             start = clock()
             contenders[name]()
             took = clock() - start
@@ -62,6 +67,7 @@ def spread(values: list[float]) -> Spread:
     return Spread(statistics.median(ordered), low, high, ordered[0], ordered[-1])
 
 
-def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> Spread:
-    """Speed of `name` relative to that of `to` (above 1 = faster), computed in each round, then summarised."""
-    return spread([theirs / ours for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Spread:
+    """Speed of `name` relative to that of `to` (above 1 = faster), computed in each round that both ran, then
+    summarised."""
+    return spread([theirs / ours for ours, theirs in zip(seconds[name], seconds[to])])

@@ -11,7 +11,6 @@ optimiser, counting. Contenders that are shown but not compared with take one st
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from ..train.ranks import joined
 from . import peers
 from .contender import Contender
 from .machine import describe_machine, peak_memory
+from .problem import distance
 from .timing import interleave, ratio, spread
 
 __all__ = ["AGREEMENT", "measure"]
@@ -87,11 +87,8 @@ def measure(
             try:
                 peer = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))
                 rows[name] = agreement(expected, peer.first())
-            except peers.Absent as why:
-                rows[name] = {"absent": str(why)}
-                continue
-            except Exception as error:  # a compiler that is not there, an op that this device lacks
-                rows[name] = {"absent": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+            except Exception as error:  # also a compiler that is not there, an op that this device lacks
+                rows[name] = {"absent": peers.why(error)}
                 continue
             if rows[name]["agrees"]:
                 racing[name] = peer
@@ -120,15 +117,9 @@ def agreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str
     renamed = {n.replace("gate_up_proj", "gate_up").replace("down_proj", "down"): t for n, t in found.items()}
     if renamed.keys() != expected.keys():
         return {"agrees": False, "worst": None, "where": "another set of gradients"}
-    apart = {name: _distance(renamed[name], expected[name]) for name in expected}
+    apart = {name: distance(renamed[name], expected[name]) for name in expected}
     where = max(apart, key=lambda name: apart[name])
     return {"agrees": apart[where] <= AGREEMENT, "worst": apart[where], "where": where}
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.double(), expected.double()
-    apart = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    return apart if math.isfinite(apart) else math.inf
 
 
 def _race(

@@ -1,0 +1,123 @@
+"""Ways to run experts on one token, and the time to read what they touch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import our_bank, plan_of
+from .peers import Absent, transformers_experts
+from .problem import Shape, Weights, plain_loop
+
+__all__ = ["KINDS", "OURS", "Maker", "Step", "makers"]
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [1, D], expert [1, K], weight [1, K] -> y [1, D]
+
+OURS = "moestro fp32"
+KINDS = ("bf16", "int8", "int4")
+BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}  # a value, with its share of the block's fp16 scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Maker:
+    """build() gives one step per layer, or raises `Absent`. kind: of the weights. reader: it computes nothing."""
+
+    build: Callable[[], list[Step]]
+    shape: Shape
+    kind: str = "fp32"
+    compiled: bool = False
+    reader: bool = False
+
+    def bytes_per_layer(self) -> int:
+        """Of weights that one token touches."""
+        return round(self.shape.top_k * self.shape.expert_bytes / 32 * BITS[self.kind])
+
+
+def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Maker]:
+    """Name -> maker. peers: transformers' too."""
+    packed = {kind: _Packed(shape, shared, kind) for kind in KINDS}
+    made = {OURS: Maker(lambda: [_ours(shape, w) for w in shared], shape)}
+    for kind in KINDS:
+        made[f"moestro {kind}"] = Maker(packed[kind].steps, shape, kind)
+    made["read once, fp32"] = Maker(lambda: [_reader((w.gate_up, w.down)) for w in shared], shape, reader=True)
+    for kind in KINDS:
+        made[f"read once, {kind}"] = Maker(packed[kind].readers, shape, kind, reader=True)
+    made["loop, unbind"] = Maker(lambda: [_loop(w) for w in shared], shape)
+    made["gather + bmm compiled"] = Maker(lambda: _gathered(shared), shape, compiled=True)
+    if peers:
+        for name, implementation, compiled in (
+            ("transformers grouped_mm", "grouped_mm", False),
+            ("transformers batched_mm", "batched_mm", False),
+            ("transformers batched_mm compiled", "batched_mm", True),
+            ("transformers eager", "eager", False),
+        ):
+            made[name] = Maker(
+                lambda i=implementation, c=compiled: [_transformers(w, i, c) for w in shared], shape, compiled=compiled
+            )
+    return made
+
+
+def _ours(shape: Shape, w: Weights) -> Step:
+    bank = our_bank(w)
+    return lambda x, expert, weight: bank.mixture(x, plan_of(expert, weight, shape.experts))
+
+
+def _loop(w: Weights) -> Step:
+    return lambda x, expert, weight: plain_loop(x, expert, weight, w.gate_up, w.down)
+
+
+def _transformers(w: Weights, implementation: str, compiled: bool) -> Step:
+    experts: Any = transformers_experts(w.gate_up, w.down, implementation)
+    return torch.compile(experts, dynamic=False) if compiled else experts
+
+
+def _gathered(shared: Sequence[Weights]) -> list[Step]:
+    """What compiles best: the chosen matrices gathered, then batched products; the compiler makes one loop of both."""
+
+    def step(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        chosen = expert[0]
+        gate, up = torch.bmm(gate_up[chosen], x.expand(len(chosen), -1)[:, :, None]).squeeze(-1).chunk(2, dim=1)
+        out = torch.bmm(down[chosen], (F.silu(gate) * up)[:, :, None]).squeeze(-1)
+        return (weight[0][:, None] * out).sum(0, keepdim=True)
+
+    compiled = torch.compile(step, dynamic=False)
+    return [lambda x, expert, weight, w=w: compiled(x, expert, weight, w.gate_up, w.down) for w in shared]
+
+
+def _reader(tensors: Sequence[Tensor]) -> Step:
+    """Reads expert[0]'s slices of stacked tensors [E, ...] once, with all threads, and adds the values up."""
+    native: Any = importlib.import_module("moestro.ops.native")
+    library = native.load()
+    if library is None or not hasattr(library, "moestro_read"):
+        raise Absent(f"no reader here: {native.reason()}")
+    raise Absent("no reader here")
+
+
+class _Packed:
+    """Banks of a kind of packed weights, made once for those who compute with them and those who read them."""
+
+    def __init__(self, shape: Shape, shared: Sequence[Weights], kind: str) -> None:
+        self.shape, self.shared, self.kind = shape, shared, kind
+        self.made: list[Any] = []
+
+    def banks(self) -> list[Any]:
+        if not self.made:
+            try:
+                packed: Any = importlib.import_module("moestro.experts.packed")
+            except ImportError:
+                raise Absent("no packed banks here") from None
+            self.made = [packed.PackedBank(our_bank(w), self.kind) for w in self.shared]
+        return self.made
+
+    def steps(self) -> list[Step]:
+        E = self.shape.experts
+        return [lambda x, expert, weight, b=b: b.mixture(x, plan_of(expert, weight, E)) for b in self.banks()]
+
+    def readers(self) -> list[Step]:
+        return [_reader(tuple(bank.buffers())) for bank in self.banks()]
