@@ -14,6 +14,7 @@ from .problem import Grads, Problem, Spec, Wanted
 __all__ = ["backward", "forward", "supported"]
 
 NAME = "native"
+_LARGE = 2**20  # entries from which large pages are asked for
 _CODES = {name: number for number, name in enumerate(ACTIVATIONS)}  # the order of mathv.h
 
 
@@ -132,6 +133,8 @@ class _Prepared:
     def new(self, name: str, *shape: int) -> Tensor:
         """A tensor for a result."""
         tensor = self.like.new_empty(shape)
+        if tensor.numel() >= _LARGE:
+            self.library.moestro_large_pages(tensor.data_ptr(), 4 * tensor.numel())
         self.take(name, tensor)
         return tensor
 

@@ -18,6 +18,21 @@ _FLOAT = ctypes.c_float
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_abi": (_INT, ()),
     "moestro_threads": (_INT, (_INT,)),
+    "moestro_large_pages": (None, (_POINTER, _SIZE)),
+    "moestro_linears": (
+        None,
+        (_POINTER, _SIZE, _SIZE, *(_POINTER, _POINTER, _POINTER, _SIZE) * 3, _INT),
+    ),
+    "moestro_rms_norm": (None, (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, _FLOAT)),
+    "moestro_attend_one": (
+        None,
+        (
+            *(_POINTER,) * 6,
+            *(_SIZE,) * 7,
+            *(_POINTER, _SIZE, _FLOAT, _SIZE, _INT),
+            *(_FLOAT, _POINTER, _INT),
+        ),
+    ),
     "moestro_experts_sizes": (None, (_POINTER, _INT, _POINTER)),
     "moestro_experts_forward": (None, (_POINTER,)),
     "moestro_experts_backward": (None, (_POINTER,)),
