@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...core.errors import UserError
-from . import by_expert, stacked
+from . import by_expert, native, stacked
 from .problem import Grads, Problem, Spec, Wanted
 
 __all__ = ["BACKENDS", "Backend", "choose", "explain"]
@@ -17,7 +17,7 @@ class Backend(Protocol):
     """What a module that computes experts offers; see `by_expert`.
 
     forward: y [T, D] (or [R, D] without gather and combine), and `hidden`, memory of `p.hidden_shape()` that the
-    backend lays out as it likes, with no rows where `save` is False. backward: contiguous gradients that share no
+    backend lays out as it likes, or anything where `save` is False. backward: contiguous gradients that share no
     memory with anything. Both are functions of their arguments alone, and `supported` of the spec.
     """
 
@@ -28,8 +28,9 @@ class Backend(Protocol):
     def backward(self, p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted) -> Grads: ...
 
 
-# In order of preference: whole products where experts have little to do each, one expert after the other.
-BACKENDS: tuple[Backend, ...] = (stacked, by_expert)  # pyright: ignore[reportAssignmentType]
+# In order of preference: compiled kernels; whole products where experts have little to do each; one expert after the
+# other.
+BACKENDS: tuple[Backend, ...] = (native, stacked, by_expert)  # pyright: ignore[reportAssignmentType]
 
 
 def choose(spec: Spec) -> Backend:

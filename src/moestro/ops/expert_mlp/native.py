@@ -55,6 +55,8 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
         y = out if p.unit is None else call.new("y", p.x.shape[0], D)
         hidden = call.new("hidden", R, _factor(p) * p.width) if save else p.x.new_empty(0)
         call.run(backward=False)
+    if p.unit is None:
+        y[int(p.offsets[-1]) :].zero_()
     return y, hidden
 
 
@@ -86,6 +88,8 @@ def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, place: Te
             for (name, tensor), want in zip(of.items(), asked)
         ]
         call.run(backward=True)
+    if d_x is not None and p.unit is None:
+        d_x[int(p.offsets[-1]) :].zero_()
     return Grads(d_x, d_weight, *made)
 
 
