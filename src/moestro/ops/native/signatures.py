@@ -14,6 +14,7 @@ _POINTER = ctypes.c_void_p  # tensor.data_ptr(), or None
 _SIZE = ctypes.c_int64
 _INT = ctypes.c_int  # flags, threads
 _FLOAT = ctypes.c_float
+_DOUBLE = ctypes.c_double
 
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_abi": (_INT, ()),
@@ -33,6 +34,11 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
             *(_FLOAT, _POINTER, _INT),
         ),
     ),
+    "moestro_few_f32": (_INT, (*(_POINTER,) * 6, *(_SIZE,) * 5, *(_INT,) * 3)),
+    "moestro_read": (_DOUBLE, (_POINTER, _POINTER, _SIZE, _INT)),
+    "moestro_packed_few": (_INT, (_INT, *(_POINTER,) * 8, *(_SIZE,) * 5, *(_INT,) * 3)),
+    "moestro_packed_product": (_INT, (_INT, *(_POINTER,) * 4, *(_SIZE,) * 3, _INT)),
+    "moestro_unpack": (_INT, (_INT, *(_POINTER,) * 3, *(_SIZE,) * 2, _INT)),
     "moestro_experts_sizes": (None, (_POINTER, _INT, _POINTER)),
     "moestro_experts_forward": (None, (_POINTER,)),
     "moestro_experts_backward": (None, (_POINTER,)),
