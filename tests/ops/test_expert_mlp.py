@@ -11,6 +11,7 @@ from moestro.ops.expert_mlp import ACTIVATIONS, gated_mlp, mlp, naive, stacked
 from moestro.ops.expert_mlp.problem import Spec
 from moestro.ops.grouped import loop
 from moestro.testing.compare import assert_close
+from ops.expert_cases import backends, prefer
 from ops.ops_cases import bounds, compare, randn, twice
 
 COUNTS = {
@@ -23,11 +24,10 @@ COUNTS = {
 D, F = 8, 12
 
 
-@pytest.fixture(params=["by expert", "whole products"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test runs through both implementations; sizes decide between them."""
-    monkeypatch.setattr(stacked, "CACHED", 0 if request.param == "by expert" else 10**9)
-    return request.param
+@pytest.fixture(params=backends(), autouse=True)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs through every backend that works here; what one does not take goes one expert after the other."""
+    return prefer(request.param, monkeypatch)
 
 
 def gated(E: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -35,7 +35,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
     act, groups = activation_named(p.activation), Groups(p.offsets, p.num_rows)
     firsts, seconds = blocks(p.first, p.down, p.widths)
     sizes = _sizes(p, seconds, groups)
-    hidden = p.x.new_empty(p.hidden_shape() if save else (0, p.hidden_shape()[1]))
+    hidden = p.x.new_empty(p.hidden_shape() if save else 0)
     flat = hidden.view(-1)[: sum(sizes)] if save else p.x.new_empty(max(sizes, default=0))
     scratch = p.x.new_empty(_largest(seconds, groups))
     out = p.x.new_empty(p.num_rows, p.x.shape[1])

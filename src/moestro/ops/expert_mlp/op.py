@@ -12,12 +12,18 @@ from ...core.errors import UserError
 from ..precision import autocast_off
 from .choose import choose
 from .problem import Problem, Wanted
+from .touched import check_sparse, compact, sparse
 
 __all__ = ["BACKWARD", "FORWARD", "experts"]
 
 _PROBLEM = (
     "Tensor x, Tensor first, Tensor down, Tensor offsets, str activation, bool gated, Tensor? unit, Tensor? slot, "
-    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic"
+    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic, "
+    "bool sparse_grad"
+)
+_FIELDS = (
+    *("x", "first", "down", "offsets", "activation", "gated", "unit", "slot", "inverse", "weight"),
+    *("first_bias", "down_bias"),
 )
 _LIBRARY = torch.library.Library("moestro", "FRAGMENT")
 _LIBRARY.define(f"experts({_PROBLEM}, bool save) -> (Tensor y, Tensor hidden)")
@@ -25,54 +31,37 @@ _LIBRARY.define(
     f"experts_backward(Tensor grad, Tensor hidden, {_PROBLEM}, bool[] wanted) -> "
     "(Tensor x, Tensor weight, Tensor first, Tensor down, Tensor first_bias, Tensor down_bias)"
 )
+_LIBRARY.define(
+    f"experts_backward_touched(Tensor grad, Tensor hidden, {_PROBLEM}, bool[] wanted) -> (Tensor x, Tensor weight, "
+    "Tensor first, Tensor down, Tensor first_bias, Tensor down_bias, Tensor touched)"
+)
 FORWARD = torch.ops.moestro.experts.default
 BACKWARD = torch.ops.moestro.experts_backward.default
+TOUCHED = torch.ops.moestro.experts_backward_touched.default
 
 
 def experts(p: Problem) -> Tensor:
     """y of a problem, by whichever backend is chosen for it; differentiable in all floating tensors."""
     floats = (p.x, p.first, p.down, p.weight, p.first_bias, p.down_bias)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
+    if p.sparse_grad and save:
+        check_sparse()
     return FORWARD(*_arguments(p), save)[0]
 
 
 def _arguments(p: Problem) -> tuple[Any, ...]:
     """The fields of a problem in the order of the schema."""
-    return (
-        p.x,
-        p.first,
-        p.down,
-        p.offsets,
-        p.activation,
-        p.gated,
-        p.unit,
-        p.slot,
-        p.inverse,
-        p.weight,
-        p.first_bias,
-        p.down_bias,
-        p.widths,
-        p.deterministic,
-    )
+    return *(getattr(p, name) for name in _FIELDS), p.widths, p.deterministic, p.sparse_grad
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
-    x, first, down, offsets, activation, gated, unit, slot, inverse, weight, b1, b2, widths, deterministic = arguments
+    """The problem that has these fields, in the order of the schema."""
+    *fields, widths, deterministic, sparse_grad = arguments
     return Problem(
-        x=x,
-        first=first,
-        down=down,
-        offsets=offsets,
-        activation=activation,
-        gated=gated,
-        unit=unit,
-        slot=slot,
-        inverse=inverse,
-        weight=weight,
-        first_bias=b1,
-        down_bias=b2,
+        **dict(zip(_FIELDS, fields, strict=True)),
         widths=None if widths is None else tuple(widths),
         deterministic=deterministic,
+        sparse_grad=sparse_grad,
     )
 
 
@@ -80,7 +69,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *fields, save = arguments
     p = _problem(fields)
     with autocast_off(p.x.device):
-        return choose(p.spec()).forward(p, save)
+        y, hidden = choose(p.spec()).forward(p, save)
+    return y, hidden if save else p.x.new_empty(0)
 
 
 def _backward(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -91,6 +81,15 @@ def _backward(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ..
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
 
+def _backward_touched(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *fields, wanted = arguments
+    p = _problem(fields)
+    with autocast_off(p.x.device):
+        grads, touched = compact(choose(p.spec()), p, hidden, grad.contiguous(), Wanted(*wanted))
+    return *(grad.new_empty(0) if g is None else g for g in grads), touched
+
+
+_LIBRARY.impl("experts_backward_touched", _backward_touched, "CompositeExplicitAutograd")
 _LIBRARY.impl("experts", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("experts_backward", _backward, "CompositeExplicitAutograd")
 
@@ -101,7 +100,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     p = _problem(fields)
     units = p.x.shape[0] if p.inverse is None else p.inverse.shape[0]
     R, H = p.hidden_shape()
-    return p.x.new_empty(units, p.x.shape[1]), p.x.new_empty(R if save else 0, H)
+    return p.x.new_empty(units, p.x.shape[1]), p.x.new_empty((R, H) if save else 0)
 
 
 @torch.library.register_fake("moestro::experts_backward")
@@ -117,6 +116,7 @@ def _(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 # Where the tensors that may need a gradient stand among the arguments, in the order of `Wanted`.
 _PLACES = (0, 9, 1, 2, 10, 11)
+_SPARSE = 14  # where `sparse_grad` stands
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,7 +135,18 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     *tensors, hidden = ctx.saved_tensors
     arguments = [r if t is None else t for t, r in zip(tensors, ctx.rest)]
     wanted = [bool(ctx.needs_input_grad[i]) for i in _PLACES]
-    grads = BACKWARD(grad, hidden, *arguments, wanted)
+    if not arguments[_SPARSE]:
+        grads = BACKWARD(grad, hidden, *arguments, wanted)
+    else:
+        *values, touched = TOUCHED(grad, hidden, *arguments, wanted)
+        parameters = [arguments[place] for place in _PLACES[2:]]
+        grads = [
+            *values[:2],
+            *(
+                sparse(v, touched, t) if t is not None and v.ndim == t.ndim else v
+                for v, t in zip(values[2:], parameters)
+            ),
+        ]
     for place, asked, value in zip(_PLACES, wanted, grads):
         found[place] = value if asked else None
     return tuple(found)

@@ -75,7 +75,7 @@ def forward(p: Problem, save: bool, products: Backend | None = None) -> tuple[Te
         h.mul_(up)
     out = by.products(h, p.down, p.offsets, p.down_bias)
     y = out.contiguous() if p.inverse is None else sum_rows(out, p.weight, p.inverse)
-    return y, pre if save else pre.new_empty(0, pre.shape[1])
+    return y, pre if save else pre.new_empty(0)
 
 
 def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, products: Backend | None = None) -> Grads:
