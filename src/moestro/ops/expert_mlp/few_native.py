@@ -1,0 +1,55 @@
+"""Gated experts for a few units in compiled C: each weight is read once, at the speed of memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core.errors import UserError
+from .. import native
+from .activations import ACTIVATIONS
+
+__all__ = ["few"]
+
+_CODES = {name: number for number, name in enumerate(ACTIVATIONS)}  # the order of mathv.h
+
+
+def few(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor | None:
+    """y [T, D], or None where this is not for the compiled kernels: another dtype or device, or there are none."""
+    if not x.is_cpu or x.dtype is not torch.float32 or gate_up.dtype is not torch.float32:
+        return None
+    library = native.load()
+    if library is None:
+        return None
+    T, D = x.shape
+    E, F = gate_up.shape[0], down.shape[2]
+    K = expert.shape[1]
+    if gate_up.shape != (E, 2 * F, D) or down.shape != (E, D, F) or expert.shape != (T, K) or weight.shape != (T, K):
+        raise UserError(
+            f"gated_few: x {list(x.shape)}, expert {list(expert.shape)}, weight {list(weight.shape)}, gate_up "
+            f"{list(gate_up.shape)} and down {list(down.shape)} do not fit; wanted [T, D], [T, K], [T, K], [E, 2F, D] "
+            "and [E, D, F]"
+        )
+    x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
+    expert = (expert if expert.dtype is torch.int64 else expert.long()).contiguous()
+    weight = (weight if weight.dtype is torch.float32 else weight.float()).contiguous()
+    y = torch.empty_like(x)
+    failed = library.moestro_few_f32(
+        y.data_ptr(),
+        x.data_ptr(),
+        expert.data_ptr(),
+        weight.data_ptr(),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        T,
+        K,
+        E,
+        D,
+        F,
+        _CODES[activation],
+        1,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("gated_few: no memory for the hidden values")
+    return y
