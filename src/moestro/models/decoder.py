@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.carry import Carry
 from ..core.errors import UserError
 from ..core.params import ParamInfo
+from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..moe.config import MoELayer
@@ -19,6 +18,7 @@ from ..nn.cache import KVCache
 from ..nn.init import initialise
 from ..ops.choice import checkpoint
 from ..ops.cross_entropy import cross_entropy
+from ..ops.few import linear
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
 
@@ -48,6 +48,9 @@ class Head(nn.Linear):
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
 
+    def forward(self, h: Tensor) -> Tensor:
+        return linear(h, self.weight)
+
 
 class TiedHead(nn.Module):
     """Hidden states to logits with the embedding's matrix. It has no parameters, so none is saved twice."""
@@ -61,14 +64,15 @@ class TiedHead(nn.Module):
         return self._embedding[0].weight
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.weight)
+        return linear(h, self.weight)
 
 
 class Block(nn.Module):
     """Pre-norm block: `(h [B, S, D], signals, carry) -> (h, carry, trail)`.
 
     The mixer's state travels in `carry.own` under "mixer"; none there = none is kept. A routed layer sees the block's
-    signals, completed with `position`, `segment`, `unit_id` and `attend` where they are missing.
+    signals, completed with `position`, `segment`, `unit_id` and `attend` where they are missing; the first three may be
+    given as `places`, so that they are computed once for many blocks.
     """
 
     def __init__(self, config: BlockConfig, dim: int) -> None:
@@ -79,7 +83,9 @@ class Block(nn.Module):
         self.ffn = config.ffn.build(dim)
         self.routed = isinstance(config.ffn, MoELayer)
 
-    def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
+    def forward(
+        self, h: Tensor, signals: Signals, carry: Carry, places: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Carry, Trail]:
         inner = carry.at("mixer")
         state = inner.mine
         x = self.mixer_norm(h)
@@ -95,18 +101,25 @@ class Block(nn.Module):
         if not self.routed:
             y, _, trail = self.ffn(x)
             return h + y, carry, trail
-        seen = _completed(signals.at("ffn"), x, state, attend)
+        places = _places(signals, x, state) if places is None else places
+        seen = changed(signals.at("ffn"), **places, attend=signals.attend if attend is None else attend)
         y, inner, trail = self.ffn(x, seen, carry.at("ffn"))
         return h + y, carry.back("ffn", inner), trail.under("ffn")
 
 
-def _completed(signals: Signals, x: Tensor, state: Any, attend: Any) -> Signals:
-    """The signals of a routed layer. unit_id: row * 2^32 + position, the same in whole and in cached passes."""
+def _length(state: Any) -> int:
+    """How many tokens a mixer has seen."""
+    return state.length if isinstance(state, KVCache) else 0
+
+
+def _places(signals: Signals, x: Tensor, state: Any) -> dict[str, Tensor]:
+    """`position`, `segment` and `unit_id` of the units where the signals lack them. unit_id: row * 2^32 + position, the
+    same in whole and in cached passes."""
     B, S, _ = x.shape
-    changes: dict[str, Any] = {} if attend is None else {"attend": attend}
+    changes: dict[str, Tensor] = {}
     position = signals.position
     if position is None:
-        start = state.length if isinstance(state, KVCache) else 0
+        start = _length(state)
         position = torch.arange(start, start + S, device=x.device).expand(B, S).reshape(-1)
         changes["position"] = position
     if signals.segment is None or signals.unit_id is None:
@@ -115,7 +128,7 @@ def _completed(signals: Signals, x: Tensor, state: Any, attend: Any) -> Signals:
             changes["segment"] = row
         if signals.unit_id is None:
             changes["unit_id"] = (row << 32) | position
-    return dataclasses.replace(signals, **changes)
+    return changes
 
 
 class Decoder(nn.Module):
@@ -163,12 +176,20 @@ class Decoder(nn.Module):
             raise UserError(f"run: blocks {start} to {stop} of a model with {last}")
         trail = Trail()
         save = self.config.checkpoint and self.training and torch.is_grad_enabled()
+        places: dict[int, dict[str, Tensor]] = {}  # by what the mixer has seen: the same for all layers of one kind
         for i in range(start, stop):
             name = f"layers.{i}"
+            layer, inner, where = self.layers[i], carry.at(name), None
+            if layer.routed:
+                state = inner.own.get("mixer")
+                seen = _length(state)
+                if seen not in places:
+                    places[seen] = _places(signals, h, state)
+                where = places[seen]
             if save:
-                h, inner, left = checkpoint(self.layers[i], h, signals.at(name), carry.at(name))
+                h, inner, left = checkpoint(layer, h, signals.at(name), inner, where)
             else:
-                h, inner, left = self.layers[i](h, signals.at(name), carry.at(name))
+                h, inner, left = layer(h, signals.at(name), inner, where)
             carry = carry.back(name, inner)
             trail = trail | left.under(name)
         return self.norm(h) if stop == last else h, carry, trail
@@ -183,7 +204,7 @@ class Decoder(nn.Module):
             raise UserError(f"{tokens.shape[1]} tokens do not fit the model's context of {self.config.context}")
         signals = Signals() if signals is None else signals
         if signals.token is None:
-            signals = dataclasses.replace(signals, token=tokens.reshape(-1))
+            signals = changed(signals, token=tokens.reshape(-1))
         return self.run(self.embed(tokens), signals, carry)
 
     def forward(

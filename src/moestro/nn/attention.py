@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.signals import Signals
+from ..ops.few import attend_one
 from .cache import KVCache
 from .config import Attention as AttentionConfig
 from .config import RMSNorm as RMSNormConfig
+from .linear import products
 from .mask import visible
 from .norm import RMSNorm
+from .rotary import Rotary
 
 __all__ = ["Attention"]
 
@@ -73,17 +76,23 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
         B, S, _ = x.shape
         valid, position, segment = _per_row(signals, B, S)
-        q, k = self.q(x), self.k(x)
-        v = self.v(x).view(B, S, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = products(x, self.q, self.k, self.v)
         if self.config.qk_norm == "full":
             q, k = self._normed(q, k)
         q = q.view(B, S, self.num_heads, self.head_dim)
         k = k.view(B, S, self.num_kv_heads, self.head_dim)
+        v = v.view(B, S, self.num_kv_heads, self.head_dim)
         if self.config.qk_norm == "head":
             q, k = self._normed(q, k)
+        if S == 1 and state is not None and valid is None and position is None and segment is None:
+            y = self._one(q, k, v, state)
+            if y is not None:
+                after = state.extended()
+                (y,) = products(y.view(B, 1, self.num_heads * self.head_dim), self.o)
+                return (y, after, self._operator_of_one(q, k, state.length, after)) if operator else (y, after)
         if self.positions is not None:
             q, k = self.positions(q, k, position, 0 if state is None else state.length)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
         fresh = state is None or state.length == 0
         key_valid, key_segment = valid, segment
@@ -96,7 +105,7 @@ class Attention(nn.Module):
         if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         y = self._attend(q, k, v, mask, causal)
-        y = self.o(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim))
+        (y,) = products(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), self.o)
         if not operator:
             return y, state
         return y, state, self._operator(q, k, mask, causal)
@@ -138,6 +147,25 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache) -> Tensor | None:
+        """One new token per sequence, its key and value written into the cache; or None, and nothing is written."""
+        turn = self.positions
+        if not state.has_place() or not (turn is None or type(turn) is Rotary):
+            return None
+        assert state.key is not None
+        assert state.value is not None
+        rotation = {} if turn is None else turn.of_one(state.length)
+        first = 0 if self.window is None else max(0, state.held + 1 - self.window)
+        return attend_one(q, k, v, state.key, state.value, state.held, first=first, scale=self.scale, **rotation)
+
+    def _operator_of_one(self, q: Tensor, k: Tensor, start: int, after: KVCache) -> Operator:
+        def attend(value: Tensor) -> Tensor:
+            turned = q if self.positions is None else self.positions(q, k, None, start)[0]
+            keys = after.seen()[0] if self.window is None else after.seen()[0][:, :, -self.window :]
+            return self._operator(turned.transpose(1, 2), keys, None, False)(value)
+
+        return attend
 
     def _operator(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Operator:
         B, _, S, d = q.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.pytree import pytree, static
+from ..core.pytree import changed, pytree, static
 
 __all__ = ["KVCache"]
 
@@ -89,7 +89,7 @@ class KVCache:
                 old = torch.full((B, self.key.shape[2]), missing, dtype=dtype, device=key.device)
             return joined(old, new, 1)
 
-        return dataclasses.replace(
+        return changed(
             self,
             key=joined(self.key, key, 2),
             value=joined(self.value, value, 2),
@@ -98,6 +98,16 @@ class KVCache:
             length=length,
             held=keep + S,
         )
+
+    def has_place(self) -> bool:
+        """Whether one more token fits into the buffers as they are, and no token needs a mark."""
+        if self.key is None or self.valid is not None or self.segment is not None:
+            return False
+        return self.held < self.key.shape[2] and self.length < self.capacity
+
+    def extended(self) -> KVCache:
+        """The state after one more token, whose key and value were written to place `held` of the buffers."""
+        return changed(self, length=self.length + 1, held=self.held + 1)
 
     def seen(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the held tokens, [B, H', held, d]."""

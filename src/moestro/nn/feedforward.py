@@ -12,6 +12,7 @@ from ..core.carry import Carry
 from ..core.params import ParamInfo
 from ..core.signals import Signals
 from ..core.trail import Trail
+from ..ops.few import linear
 from .config import FeedForward as FeedForwardConfig
 
 __all__ = ["FeedForward"]
@@ -45,8 +46,8 @@ class FeedForward(nn.Module):
     def forward(
         self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
     ) -> tuple[Tensor, Carry, Trail]:
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-        y = F.linear(self.activation(gate) * up, self.down)
+        gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
+        y = linear(self.activation(gate) * up, self.down)
         return y, Carry() if carry is None else carry, Trail()
 
     def param_info(self) -> dict[str, ParamInfo]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.params import ParamInfo
+from ..ops.few import rms_norm
 from .config import RMSNorm as RMSNormConfig
 
 __all__ = ["RMSNorm"]
@@ -26,10 +27,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight
+        made = rms_norm(x, weight, self.eps)
+        if made is not None:
+            return made
+        if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, weight.shape, weight, self.eps)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+        return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), self.eps).to(x.dtype)
 
     def param_info(self) -> dict[str, ParamInfo]:
         return {"weight": ParamInfo(role="norm", decay=False, ones=True)}

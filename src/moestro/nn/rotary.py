@@ -103,6 +103,15 @@ class Rotary(Constants):
     def compute(self) -> dict[str, Tensor]:
         return {"frequency": frequencies(self.config, self.width)[0].to(torch.float32)}
 
+    def of_one(self, position: int) -> dict[str, Any]:
+        """What `ops.few.attend_one` needs to know to turn one token."""
+        return {
+            "position": position,
+            "frequency": self.frequency,
+            "factor": self.factor,
+            "interleaved": self.config.style == "interleaved",
+        }
+
     def forward(self, q: Tensor, k: Tensor, position: Tensor | None, start: int = 0) -> tuple[Tensor, Tensor]:
         if position is None:
             position = torch.arange(start, start + q.shape[1], device=q.device)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..core.carry import Carry
 from ..core.params import ParamInfo
 from ..core.signals import Signals
+from ..ops import few
 from . import config as cfg
 from .steps import Scores, ScoreStep
 
@@ -22,7 +23,7 @@ _ACTIVATION = {"gelu": F.gelu, "tanh": torch.tanh, "relu": F.relu, "silu": F.sil
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in the dtype of x, whatever the parameters are stored in."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return few.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class LinearScore(ScoreStep):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, Protocol, overload
@@ -136,12 +137,14 @@ def _decode(
             valid=(place >= 0).reshape(-1) if padded else None,
             position=position.reshape(-1) if padded else None,
             unit_id=(seed[:, None] << 32 | position).reshape(-1),
+            quiet=True,
         )
         logits, carry, _ = model(tokens, signals, carry)
-        if not bool(torch.isfinite(logits[:, -1]).all()):
+        last = logits[:, -1]
+        if not math.isfinite(last.sum(dtype=torch.float64).item()):  # one infinity or NaN spoils the sum
             raise UserError("generate: the model's logits are not finite; its weights are damaged or training diverged")
         place = place[:, -1:] + 1
-        new = choose(logits[:, -1], seed, place[:, 0], *sampling)
+        new = choose(last, seed, place[:, 0], *sampling)
         tokens = new[:, None]
         for row, token, limit in zip(rows, new.tolist(), limits):
             row.add(token)

@@ -49,9 +49,7 @@ def choose(
             f"sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 1, not {temperature}, {top_p} and {top_k}"
         )
     if temperature == 0:
-        best = logits == logits.max(dim=-1, keepdim=True).values
-        ids = torch.arange(logits.shape[-1], device=logits.device)
-        return torch.where(best, ids, logits.shape[-1] - 1).min(dim=-1).values
+        return logits.argmax(dim=-1)  # of several highest the first
     probs = distribution(logits, temperature, top_p, top_k)
     draws = torch.empty(len(probs), 1, dtype=torch.float64, device=logits.device)
     for s in dict.fromkeys(seed.tolist()):

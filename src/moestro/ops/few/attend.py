@@ -33,10 +33,14 @@ def attend_one(
     position: of the new token, equal in all sequences; the first 2r entries turn by position * frequency, see
     `nn.rotary`, and are multiplied by `factor`.
     """
+    library = kernels(q)
+    if library is None:
+        return None
     B, S, H, d = q.shape
     _, G, size, _ = key.shape
-    library = kernels(q)
-    if library is None or S != 1 or H % G or held >= size or not ready(q, k, v, key, value, frequency):
+    if S != 1 or k.shape != (B, 1, G, d) or v.shape != k.shape or key.shape != (B, G, size, d):
+        return None
+    if H % G or value.shape != key.shape or held >= size or not ready(q, k, v, key, value, frequency):
         return None
     half = 0 if frequency is None else frequency.shape[0]
     y = torch.empty_like(q)

@@ -15,9 +15,11 @@ FEW = 4
 
 def kernels(x: Tensor) -> Library | None:
     """The compiled kernels, if x is theirs and nobody wants a gradient, another dtype, a trace or to see operations."""
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
+    if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return None
     return load()
 

@@ -15,12 +15,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
 
     Shapes: x [..., D] of few rows, weight [D] -> [..., D].
     """
+    library = kernels(x)
+    if library is None:
+        return None
     D = x.shape[-1]
     T = x.numel() // max(D, 1)
-    if T > 16 * FEW or not T or weight.shape != (D,):
-        return None
-    library = kernels(x)
-    if library is None or not ready(x, weight):
+    if T > 16 * FEW or not T or weight.shape != (D,) or not ready(x, weight):
         return None
     y = torch.empty_like(x)
     library.moestro_rms_norm(y.data_ptr(), x.data_ptr(), weight.data_ptr(), T, D, eps)
