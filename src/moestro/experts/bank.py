@@ -32,6 +32,8 @@ class Bank(nn.Module):
         if "forward" in cls.__dict__ and "mixture" not in cls.__dict__:
             cls.mixture = Bank.mixture
 
+    config: Any
+
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         self.dim = dim
@@ -48,6 +50,10 @@ class Bank(nn.Module):
             if name not in own:
                 raise UserError(f"weights: the bank has no parameter {name!r}{did_you_mean(name, own)}")
         return own | dict(weights)
+
+    def _modes(self) -> dict[str, bool]:
+        """The config's promises, as the ops of expert MLPs take them."""
+        return {"deterministic": self.config.deterministic, "sparse_grad": self.config.sparse_grad}
 
     def per_row(self) -> tuple[int, int]:
         """Parameters of all experts, and forward FLOPs of a unit that would meet all of them."""

@@ -34,9 +34,13 @@ class Gated(Experts):
     """Activation of the gate."""
     deterministic: bool = False
     """Whether a row comes out bitwise equal alone and in any batch; slower for few tokens."""
+    sparse_grad: bool = False
+    """Whether gradients are kept for experts that met a unit only (optim/touched.py); one process, not compiled."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "Gated.width")
+        if self.sparse_grad and isinstance(self.width, tuple):
+            raise UserError("Gated.sparse_grad: blocks of unequal widths have no expert axis; give one width")
 
 
 @config
@@ -52,6 +56,8 @@ class MLP(Experts):
     """Whether both maps have a bias."""
     deterministic: bool = False
     """Whether a row comes out bitwise equal alone and in any batch; slower for few tokens."""
+    sparse_grad: bool = False
+    """Whether gradients are kept for experts that met a unit only (optim/touched.py); one process, not compiled."""
 
     def __post_init__(self) -> None:
         _widths(self.width, "MLP.width")

@@ -63,10 +63,8 @@ class GatedBank(Bank):
     def forward(
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        p, config = self.values(weights), self.config
-        out = gated_mlp(
-            rows, p["gate_up"], p["down"], index.offsets, config.activation, self.widths, config.deterministic
-        )
+        p, modes = self.values(weights), self._modes()
+        out = gated_mlp(rows, p["gate_up"], p["down"], index.offsets, self.config.activation, self.widths, **modes)
         return scaled(out, index)
 
     def mixture(
@@ -81,7 +79,7 @@ class GatedBank(Bank):
             return gated_few(units, expert, plan.weight, gate_up, down, config.activation)
         index = derive_rows(plan)
         weight = table_weight(plan, index)
-        return gated_mixture(units, weight, index, gate_up, down, config.activation, self.widths, config.deterministic)
+        return gated_mixture(units, weight, index, gate_up, down, config.activation, self.widths, **self._modes())
 
     def _few(self, plan: Plan, *tensors: Tensor) -> bool:
         """Whether the path that reads the table serves: few choices, no gradient, nothing it cannot promise."""

@@ -50,19 +50,19 @@ class MLPBank(Bank):
     def forward(
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        p, config = self.values(weights), self.config
+        p = self.values(weights)
         biases = p.get("up_bias"), p.get("down_bias")
-        out = mlp(rows, p["up"], p["down"], index.offsets, config.activation, *biases, config.deterministic)
+        out = mlp(rows, p["up"], p["down"], index.offsets, self.config.activation, *biases, **self._modes())
         return scaled(out, index)
 
     def mixture(
         self, units: Tensor, plan: AnyPlan, context: Any = None, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """y [T, D] of units [T, D] under a plan, as one operation."""
-        p, config, index = self.values(weights), self.config, derive_rows(plan)
+        p, index = self.values(weights), derive_rows(plan)
         biases = p.get("up_bias"), p.get("down_bias")
-        weight = table_weight(plan, index)
-        return mlp_mixture(units, weight, index, p["up"], p["down"], config.activation, *biases, config.deterministic)
+        weight, activation = table_weight(plan, index), self.config.activation
+        return mlp_mixture(units, weight, index, p["up"], p["down"], activation, *biases, **self._modes())
 
     def per_row(self) -> tuple[int, int]:
         return sum(p.numel() for p in self.parameters()), 2 * (self.up.numel() + self.down.numel())

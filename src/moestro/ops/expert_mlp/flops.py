@@ -44,13 +44,14 @@ def forward_flops(
     widths: list[int] | None = None,
     deterministic: bool = False,
     save: bool = False,
+    sparse_grad: bool = False,
     out_val: Any = None,
 ) -> int:
     """Three (gated) or two matrices per row."""
     return 2 * (3 if gated else 2) * _multiplications(x, down, offsets, unit, widths)
 
 
-@register_flop_formula(op.BACKWARD.overloadpacket, get_raw=True)
+@register_flop_formula([op.BACKWARD.overloadpacket, op.TOUCHED.overloadpacket], get_raw=True)
 def backward_flops(
     grad: Tensor,
     hidden: Tensor,

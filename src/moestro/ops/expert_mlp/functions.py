@@ -22,6 +22,7 @@ def gated_mlp(
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
     deterministic: bool = False,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Gated experts on sorted rows: y[r] = down_e (act(gate_e x[r]) * (up_e x[r])), e the expert of row r.
 
@@ -29,7 +30,8 @@ def gated_mlp(
     [E, D, F]. Unequal widths F_e, given in `widths`: the experts' blocks one after the other, gate_up [sum 2F_e, D] and
     down transposed, [sum F_e, D], so that the block of an expert is contiguous in both.
     Experts without rows get gradients of exact zeros. Activations: silu, gelu, gelu_tanh, relu, relu2.
-    deterministic: a row does not depend, to the last bit, on which other rows there are.
+    deterministic: a row does not depend, to the last bit, on which other rows there are. sparse_grad: the gradients of
+    gate_up and down are sparse over the expert axis and hold touched experts only; equal widths and one rank only.
     Raises `UserError` for shapes that do not fit.
     """
     activation_named(activation)
@@ -45,6 +47,7 @@ def gated_mlp(
             gated=True,
             widths=widths,
             deterministic=deterministic,
+            sparse_grad=sparse_grad,
         )
     )
 
@@ -58,12 +61,13 @@ def mlp(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     deterministic: bool = False,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """Plain experts on sorted rows: y[r] = down_e act(up_e x[r] + up_bias_e) + down_bias_e, e the expert of row r.
 
     Shapes: rows [R, D], up [E, F, D], down [E, D, F], offsets [E+1] int64, up_bias [E, F] or None, down_bias [E, D] or
-    None -> [R, D]. Experts without rows get gradients of exact zeros. deterministic: as in `gated_mlp`. Raises
-    `UserError` for shapes that do not fit.
+    None -> [R, D]. Experts without rows get gradients of exact zeros. deterministic, sparse_grad: as in `gated_mlp`.
+    Raises `UserError` for shapes that do not fit.
     """
     activation_named(activation)
     check_mlp("mlp", rows, up, down, offsets, up_bias, down_bias)
@@ -79,6 +83,7 @@ def mlp(
             first_bias=up_bias,
             down_bias=down_bias,
             deterministic=deterministic,
+            sparse_grad=sparse_grad,
         )
     )
 
@@ -92,6 +97,7 @@ def gated_mixture(
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
     deterministic: bool = False,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """The weighted sum of each unit's gated experts: gather, `gated_mlp` and combine as one operation.
 
@@ -117,6 +123,7 @@ def gated_mixture(
             weight=weight,
             widths=widths,
             deterministic=deterministic,
+            sparse_grad=sparse_grad,
         )
     )
 
@@ -131,6 +138,7 @@ def mlp_mixture(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     deterministic: bool = False,
+    sparse_grad: bool = False,
 ) -> Tensor:
     """The weighted sum of each unit's plain experts: gather, `mlp` and combine as one operation.
 
@@ -156,5 +164,6 @@ def mlp_mixture(
             first_bias=up_bias,
             down_bias=down_bias,
             deterministic=deterministic,
+            sparse_grad=sparse_grad,
         )
     )

@@ -61,8 +61,8 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
 
 
 def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, place: Tensor | None = None) -> Grads:
-    """The gradients. place: [E] int64, where the gradient of each expert's parameters goes (-1 = nowhere); the number
-    of places is the length of those gradients' first axis."""
+    """The gradients. place: [E] int64, where the gradient of each expert's parameters goes, counted from 0, -1 =
+    nowhere: the gradients of parameters then have one entry per place."""
     with _Prepared(p) as call:
         R, F = p.num_rows, p.width
         call.take("hidden", hidden)

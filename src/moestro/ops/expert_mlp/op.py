@@ -18,15 +18,15 @@ __all__ = ["BACKWARD", "FORWARD", "experts"]
 
 _PROBLEM = (
     "Tensor x, Tensor first, Tensor down, Tensor offsets, str activation, bool gated, Tensor? unit, Tensor? slot, "
-    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic, "
-    "bool sparse_grad"
+    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic"
 )
 _FIELDS = (
     *("x", "first", "down", "offsets", "activation", "gated", "unit", "slot", "inverse", "weight"),
     *("first_bias", "down_bias"),
 )
+_SAVE = len(_FIELDS) + 2  # where `save` stands in the forward op
 _LIBRARY = torch.library.Library("moestro", "FRAGMENT")
-_LIBRARY.define(f"experts({_PROBLEM}, bool save) -> (Tensor y, Tensor hidden)")
+_LIBRARY.define(f"experts({_PROBLEM}, bool save, bool sparse_grad=False) -> (Tensor y, Tensor hidden)")
 _LIBRARY.define(
     f"experts_backward(Tensor grad, Tensor hidden, {_PROBLEM}, bool[] wanted) -> "
     "(Tensor x, Tensor weight, Tensor first, Tensor down, Tensor first_bias, Tensor down_bias)"
@@ -46,27 +46,23 @@ def experts(p: Problem) -> Tensor:
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats)
     if p.sparse_grad and save:
         check_sparse()
-    return FORWARD(*_arguments(p), save)[0]
+    return FORWARD(*_arguments(p), save, p.sparse_grad)[0]
 
 
 def _arguments(p: Problem) -> tuple[Any, ...]:
     """The fields of a problem in the order of the schema."""
-    return *(getattr(p, name) for name in _FIELDS), p.widths, p.deterministic, p.sparse_grad
+    return *(getattr(p, name) for name in _FIELDS), p.widths, p.deterministic
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
     """The problem that has these fields, in the order of the schema."""
-    *fields, widths, deterministic, sparse_grad = arguments
-    return Problem(
-        **dict(zip(_FIELDS, fields, strict=True)),
-        widths=None if widths is None else tuple(widths),
-        deterministic=deterministic,
-        sparse_grad=sparse_grad,
-    )
+    *fields, widths, deterministic = arguments
+    widths = None if widths is None else tuple(widths)
+    return Problem(**dict(zip(_FIELDS, fields, strict=True)), widths=widths, deterministic=deterministic)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *fields, save = arguments
+    *fields, save = arguments[: _SAVE + 1]
     p = _problem(fields)
     with autocast_off(p.x.device):
         y, hidden = choose(p.spec()).forward(p, save)
@@ -96,7 +92,7 @@ _LIBRARY.impl("experts_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("moestro::experts")
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *fields, save = arguments
+    *fields, save = arguments[: _SAVE + 1]
     p = _problem(fields)
     units = p.x.shape[0] if p.inverse is None else p.inverse.shape[0]
     R, H = p.hidden_shape()
@@ -116,18 +112,17 @@ def _(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 # Where the tensors that may need a gradient stand among the arguments, in the order of `Wanted`.
 _PLACES = (0, 9, 1, 2, 10, 11)
-_SPARSE = 14  # where `sparse_grad` stands
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *fields, ctx.saved = inputs
+    *fields, ctx.saved, ctx.sparse = inputs
     ctx.set_materialize_grads(False)  # nobody differentiates `hidden`: a gradient of zeros for it would cost a pass
     ctx.rest = [None if isinstance(f, Tensor) else f for f in fields]
     ctx.save_for_backward(*(f if isinstance(f, Tensor) else None for f in fields), output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    found: list[Tensor | None] = [None] * (len(ctx.rest) + 1)
+    found: list[Tensor | None] = [None] * (len(ctx.rest) + 2)
     if grad is None:
         return tuple(found)
     if not ctx.saved:
@@ -135,7 +130,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Ten
     *tensors, hidden = ctx.saved_tensors
     arguments = [r if t is None else t for t, r in zip(tensors, ctx.rest)]
     wanted = [bool(ctx.needs_input_grad[i]) for i in _PLACES]
-    if not arguments[_SPARSE]:
+    if not ctx.sparse:
         grads = BACKWARD(grad, hidden, *arguments, wanted)
     else:
         *values, touched = TOUCHED(grad, hidden, *arguments, wanted)

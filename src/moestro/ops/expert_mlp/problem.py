@@ -25,6 +25,7 @@ class Problem:
 
     All floating tensors have one dtype and lie on one device, except `weight`, which may be fp32 beside bf16.
     deterministic: a row's result may not depend, to the last bit, on which other rows there are.
+    sparse_grad: gradients of parameters are sparse tensors over the expert axis that hold touched experts only.
     """
 
     x: Tensor
@@ -41,6 +42,7 @@ class Problem:
     down_bias: Tensor | None = None
     widths: tuple[int, ...] | None = None
     deterministic: bool = False
+    sparse_grad: bool = False
 
     @property
     def num_rows(self) -> int:

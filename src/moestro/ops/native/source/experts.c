@@ -199,7 +199,7 @@ static int64_t column_tasks(const problem_t *p, int64_t *to)
         if (w.place < 0)
             continue;
         for (int kind = 1; kind <= 2; kind++) {
-            if (!(kind == 1 ? p->d_first : p->d_down))
+            if (kind == 1 ? !p->d_first && !p->d_first_bias : !p->d_down && !p->d_down_bias)
                 continue;
             int64_t N = kind == 1 || !w.turned ? p->D : w.F, M = kind == 1 ? G * w.F : w.turned ? p->D : w.F;
             double each = (double)(p->offsets[e + 1] - p->offsets[e] + 8) * N;
@@ -351,7 +351,8 @@ static void columns_task(const problem_t *p, int64_t e, int64_t c, int64_t m, in
     rows_t x = {p->unit ? p->x : p->x + r * D, unit, D}, grad = {p->unit ? p->grad : p->grad + r * D, unit, D};
     rows_t pre = {p->d_hidden + r * ld, 0, ld}, kept = {p->kept + r * p->F, 0, p->F};
     if (kind == 1) {
-        outer(p->d_first + (G * w.before + c) * D, D, pre, c, m, x, D, n, scratch);
+        if (p->d_first)
+            outer(p->d_first + (G * w.before + c) * D, D, pre, c, m, x, D, n, scratch);
         if (p->d_first_bias)
             for (int64_t i = 0; i < n; i++)
                 for (int64_t j = c; j < c + m; j++) {
@@ -362,7 +363,9 @@ static void columns_task(const problem_t *p, int64_t e, int64_t c, int64_t m, in
             memset(p->d_first_bias + w.place * F + c, 0, m * sizeof(float));
         return;
     }
-    if (w.turned)
+    if (!p->d_down)
+        ;
+    else if (w.turned)
         outer(p->d_down + w.before * D + c * F, F, grad, c, m, kept, F, n, scratch);
     else
         outer(p->d_down + (w.before + c) * D, D, kept, c, m, grad, D, n, scratch);
