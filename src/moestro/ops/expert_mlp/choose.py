@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ...core.errors import UserError
-from . import by_expert, native, stacked
+from . import by_expert, gpu, native, stacked
 from .problem import Grads, Problem, Spec, Wanted
 
 __all__ = ["BACKENDS", "Backend", "choose", "explain"]
@@ -30,7 +30,7 @@ class Backend(Protocol):
 
 # In order of preference: compiled kernels; whole products where experts have little to do each; one expert after the
 # other.
-BACKENDS: tuple[Backend, ...] = (native, stacked, by_expert)  # pyright: ignore[reportAssignmentType]
+BACKENDS: tuple[Backend, ...] = (native, gpu, stacked, by_expert)  # pyright: ignore[reportAssignmentType]
 
 
 def choose(spec: Spec) -> Backend:

@@ -41,7 +41,10 @@ def supported(spec: Spec) -> tuple[bool, str]:
     if not spec.deterministic and _grouped_mm_is_fast(spec):
         saved, lost = gain(spec)
         if saved < lost:
-            return False, f"grouped_mm should be faster: {lost:.0f} ns lost in products, {saved:.0f} ns of copies saved per row"
+            return (
+                False,
+                f"grouped_mm should be faster: {lost:.0f} ns lost in products, {saved:.0f} ns of copies saved per row",
+            )
     return True, "gather, products, activation and combine in four kernels"
 
 

@@ -82,15 +82,26 @@ def first_kernel(
         up_from += BK
     if bias is not None:
         gate += tl.load(bias + expert.to(tl.int64) * F + cols % F).to(tl.float32)[None, :]
-    gates, ups = halves(gate), halves(up)
-    for side in tl.static_range(2):
-        half = column * BN + side * (BN // 2) + tl.arange(0, BN // 2)
-        _finish_first(gates[side], ups[side], half, hidden, pre, start, stop, F, GATED, ACT, BM)
+    gate_left, gate_right = halves(gate)
+    up_left, up_right = halves(up)
+    half = column * BN + tl.arange(0, BN // 2)
+    _finish_first(gate_left, up_left, half, hidden, pre, start, stop, F, GATED, ACT, BM)
+    _finish_first(gate_right, up_right, half + BN // 2, hidden, pre, start, stop, F, GATED, ACT, BM)
 
 
 @triton.jit
 def _finish_first(
-    gate, up, cols, hidden, pre, start, stop, F: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr
+    gate,
+    up,
+    cols,
+    hidden,
+    pre,
+    start,
+    stop,
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
 ):
     """Writes the pre-activations [BM, columns], where they are wanted, and the hidden values."""
     HEIGHT: tl.constexpr = 2 * F if GATED else F
@@ -225,11 +236,10 @@ def hidden_grad_kernel(
     w = tl.full((BM,), 1.0, tl.float32)
     if weight is not None:
         w = tl.load(weight + source * K + tl.load(slot + safe)).to(tl.float32)
-    dot = tl.zeros((BM,), tl.float32)
-    parts = halves(acc)
-    for side in tl.static_range(2):
-        half = column * BN + side * (BN // 2) + tl.arange(0, BN // 2)
-        dot += _finish_hidden_grad(parts[side], w, half, pre, d_pre, scaled, start, stop, F, GATED, ACT, BM)
+    left, right = halves(acc)
+    half = column * BN + tl.arange(0, BN // 2)
+    dot = _finish_hidden_grad(left, w, half, pre, d_pre, scaled, start, stop, F, GATED, ACT, BM)
+    dot += _finish_hidden_grad(right, w, half + BN // 2, pre, d_pre, scaled, start, stop, F, GATED, ACT, BM)
     if dots is not None:
         if down_bias is not None:
             dot += tl.where(column == 0, outer, 0.0)
@@ -238,9 +248,20 @@ def hidden_grad_kernel(
 
 @triton.jit
 def _finish_hidden_grad(
-    acc, w, cols, pre, d_pre, scaled, start, stop, F: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr, BM: tl.constexpr
+    acc,
+    w,
+    cols,
+    pre,
+    d_pre,
+    scaled,
+    start,
+    stop,
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    BM: tl.constexpr,
 ):
-    """From grad down [BM, columns], not weighted: writes d_pre and weight * hidden; returns <grad down, hidden> [BM]."""
+    """From grad down [BM, columns], not weighted: writes d_pre and weight * hidden; returns <it, hidden> [BM]."""
     HEIGHT: tl.constexpr = 2 * F if GATED else F
     below = tl.arange(0, BM)
     mask = (start + below < stop)[:, None] & (cols < F)[None, :]

@@ -25,9 +25,14 @@ from .tiles import FIELDS, schedule_kernel
 __all__ = ["backward", "blocks_for", "forward"]
 
 
-def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], **options: int) -> None:
-    """Run a kernel: tensors and numbers first, then what it is compiled for."""
-    kernel[grid](*args, **constants, **options, enable_fp_fusion=True)  # its default depends on the version
+def launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any], **options: int
+) -> None:
+    """Run a kernel: tensors and numbers first, then what it is compiled for.
+
+    Fusing products with sums is asked for, because what is done by default depends on Triton's version.
+    """
+    kernel[grid](*args, **constants, **options, enable_fp_fusion=True)
 
 
 def blocks_for(p: Problem) -> Blocks:

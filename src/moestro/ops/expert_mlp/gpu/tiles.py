@@ -32,7 +32,7 @@ def schedule_kernel(
     tiles_here = tl.sum(tl.where(expert == mine, count, 0), 0)
     first = tl.sum(tl.where(expert == mine, start, 0), 0)
     last = tl.sum(tl.where(expert == mine, stop, 0), 0)
-    for step in range(0, tiles_here, BT):
+    for step in range(0, tiles_here, BT):  # type: ignore[arg-type]
         j = step + tl.arange(0, BT)
         inside = j < tiles_here
         place = tiles + (before + j) * 3
@@ -40,7 +40,7 @@ def schedule_kernel(
         tl.store(place + 1, first + j * BM, mask=inside)
         tl.store(place + 2, tl.minimum(first + (j + 1) * BM, last), mask=inside)
     if mine == E:
-        for step in range(before + tiles_here, bound, BT):
+        for step in range(before + tiles_here, bound, BT):  # type: ignore[arg-type]
             j = step + tl.arange(0, BT)
             tl.store(tiles + j * 3, tl.zeros_like(j) - 1, mask=j < bound)
 

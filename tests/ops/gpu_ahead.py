@@ -1,0 +1,158 @@
+"""Kernels compiled without a GPU: what a problem would launch, compiled for a target, with what the assembler says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moestro.ops.expert_mlp.gpu import run
+from moestro.ops.expert_mlp.gpu.blocks import Blocks
+from moestro.ops.expert_mlp.problem import Problem, Wanted
+
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes that one block may have
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel for one target. spilled: bytes of stack per thread."""
+
+    name: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    cubin: int
+    instructions: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def problem(
+    dtype: torch.dtype, *, T: int, K: int, E: int, D: int, F: int, activation: str = "silu", gated: bool = True
+) -> Problem:
+    """Shapes only; plain experts have biases."""
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    return Problem(
+        x=floats(T, D),
+        first=floats(E, 2 * F if gated else F, D),
+        down=floats(E, D, F),
+        offsets=integers(E + 1),
+        activation=activation,
+        gated=gated,
+        unit=integers(T * K),
+        slot=integers(T * K),
+        inverse=integers(T, K),
+        weight=torch.empty(T, K, device="meta"),
+        first_bias=None if gated else floats(E, F),
+        down_bias=None if gated else floats(E, D),
+    )
+
+
+def launches(p: Problem, sizes: Blocks) -> list[Launch]:
+    """All that a forward and a backward pass would launch, without launching it."""
+    found: list[Launch] = []
+
+    def note(kernel: Any, grid: Any, args: tuple[Any, ...], constants: dict[str, Any], **options: int) -> None:
+        assert all(n > 0 for n in grid)
+        found.append(Launch(kernel, args, constants, options))
+
+    with mock.patch.object(run, "launch", note):
+        y, hidden = run.forward(p, True, sizes)
+        wanted = Wanted(first_bias=p.first_bias is not None, down_bias=p.down_bias is not None)
+        run.backward(p, hidden, torch.empty_like(y), wanted, sizes)
+    return found
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """The kernel as it would be specialised for the launch: pointers are multiples of 16 bytes."""
+    names = launch.kernel.arg_names
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    aligned: dict[tuple[int, ...], Any] = {}
+    for i, (name, value) in enumerate(zip(names, launch.args)):
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif value is None:
+            constants[name] = None
+        else:
+            signature[name] = "i32"
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    assert {n for n in names if signature[n] == "constexpr"} == set(constants)
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    result = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={**launch.options, "enable_fp_fusion": True}
+    )
+    cubin = result.asm["cubin"]
+    registers, spilled = _resources(cubin)
+    used = frozenset(re.findall(r"\b(wgmma|mma\.sync|cp\.async|tcgen05\.mma|ld\.global\S*)", result.asm["ptx"]))
+    return Compiled(
+        launch.kernel.__name__,
+        result.metadata.num_warps,
+        registers,
+        spilled,
+        result.metadata.shared,
+        len(cubin),
+        used,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread, and bytes of stack per thread: there is none unless registers were spilled."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    assert found is not None, said.stdout
+    return int(found[1]), int(found[2])
+
+
+def report(capability: int, shape: dict[str, int], dtype: torch.dtype = torch.bfloat16, **kind: Any) -> list[Compiled]:
+    """One line per kernel; for reading."""
+    p = problem(dtype, **shape, **kind)
+    rows = shape["T"] * shape["K"] / shape["E"]
+    sizes = run.blocks((capability // 10, capability % 10), dtype, shape["D"], shape["F"], rows)
+    return [compiled(launch, capability) for launch in launches(p, sizes)]
+
+
+if __name__ == "__main__":
+    import sys
+    import time
+
+    olmoe = dict(T=16384, K=8, E=64, D=2048, F=1024)
+    for target in map(int, sys.argv[1:] or ["80", "90"]):
+        for kind in ({"gated": True}, {"gated": False, "activation": "gelu"}):
+            for line in launches(
+                problem(torch.bfloat16, **olmoe, **kind),
+                run.blocks(divmod(target, 10), torch.bfloat16, 2048, 1024, 2048),
+            ):
+                started = time.perf_counter()
+                print(
+                    target, line.options, compiled(line, target), f"{time.perf_counter() - started:.1f} s", flush=True
+                )
