@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from ..core.errors import UserError
 from ..core.params import ParamInfo, describe
@@ -25,7 +26,11 @@ class Group:
 
 
 class AdamWOptimizer:
-    """torch's fused AdamW on the trainable parameters of a model, grouped by `core.params.describe`."""
+    """torch's fused AdamW on the trainable parameters of a model, grouped by `core.params.describe`.
+
+    Of a gradient that is sparse over the expert axis, touched experts take a step and all others stay as they are,
+    weights, moments and step count; see optim/touched.py for what that means.
+    """
 
     def __init__(self, config: AdamW, model: nn.Module) -> None:
         self.config = config
@@ -49,7 +54,43 @@ class AdamWOptimizer:
         """One update at `factor` of the peak learning rate."""
         for g, inner in zip(self.groups, self._inner.param_groups, strict=True):
             inner["lr"] = self.config.lr * g.lr * factor
+        sparse = [p for p in self.parameters.values() if p.grad is not None and p.grad.is_sparse]
+        grads = [p.grad.coalesce() for p in sparse]  # type: ignore[union-attr]
+        for p in sparse:
+            p.grad = None
         self._inner.step()
+        for p, grad in zip(sparse, grads):
+            p.grad = grad
+            self._touched(p, grad)
+
+    def _touched(self, parameter: Tensor, grad: Tensor) -> None:
+        """One update of the experts that a sparse gradient holds."""
+        state = self._inner.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(parameter.shape[0], device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        if state["step"].ndim == 0:
+            raise UserError("the optimiser's state is one of full gradients, but this bank has sparse_grad=True")
+        touched = grad.indices()[0].tolist()
+        tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"])
+        weights, first, second, steps = ([t[e] for e in touched] for t in tensors)
+        inner = next(g for g in self._inner.param_groups if any(p is parameter for p in g["params"]))
+        adamw(
+            weights,
+            list(grad.values().unbind(0)),
+            first,
+            second,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=inner["lr"],
+            weight_decay=inner["weight_decay"],
+            eps=self.config.eps,
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The state as `parameter name/what` -> tensor; parameters that never had a gradient have none."""

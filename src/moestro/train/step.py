@@ -26,6 +26,7 @@ from ..core.plan import Plan, num_units
 from ..core.signals import Signals
 from ..core.stats import Stats
 from ..core.trail import Key, Record, TermKey, Trail, add_stats
+from ..optim.touched import settle
 from ..tasks.batches import Batch, Batches
 from .config import TrainRun
 from .ranks import Ranks
@@ -126,6 +127,7 @@ class Gradients:
         if not self.pooled:
             totals, _ = pool(self.ranks, add_stats(ahead), [])
         found = self._over_ranks(sums, totals, number, stop)
+        settle(self.parameters)
         self.ranks.add_gradients(self.parameters)
         return found
 
