@@ -131,28 +131,3 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
     assert found is not None, said.stdout
     return int(found[1]), int(found[2])
-
-
-def report(capability: int, shape: dict[str, int], dtype: torch.dtype = torch.bfloat16, **kind: Any) -> list[Compiled]:
-    """One line per kernel; for reading."""
-    p = problem(dtype, **shape, **kind)
-    rows = shape["T"] * shape["K"] / shape["E"]
-    sizes = run.blocks((capability // 10, capability % 10), dtype, shape["D"], shape["F"], rows)
-    return [compiled(launch, capability) for launch in launches(p, sizes)]
-
-
-if __name__ == "__main__":
-    import sys
-    import time
-
-    olmoe = dict(T=16384, K=8, E=64, D=2048, F=1024)
-    for target in map(int, sys.argv[1:] or ["80", "90"]):
-        for kind in ({"gated": True}, {"gated": False, "activation": "gelu"}):
-            for line in launches(
-                problem(torch.bfloat16, **olmoe, **kind),
-                run.blocks(divmod(target, 10), torch.bfloat16, 2048, 1024, 2048),
-            ):
-                started = time.perf_counter()
-                print(
-                    target, line.options, compiled(line, target), f"{time.perf_counter() - started:.1f} s", flush=True
-                )

@@ -37,6 +37,7 @@ _SMALL = Block(16, 16, 16, 4, 2)
 SMALL = Blocks(_SMALL, _SMALL, _SMALL, _SMALL)
 UNLIKE = Blocks(Block(32, 16, 16, 4, 2), Block(32, 32, 16, 4, 2), Block(32, 16, 32, 4, 2), Block(16, 32, 16, 4, 2))
 NAMES = ("x", "weight", "first", "down", "first_bias", "down_bias")
+ALL = Wanted()
 Errors = dict[str, float]
 
 
@@ -144,7 +145,9 @@ def plans() -> dict[str, AnyPlan]:
 
 
 def routings() -> dict[str, Errors]:
-    return {name: mixture(plan, sizes=SMALL if i % 2 else UNLIKE) for i, (name, plan) in enumerate(plans().items())}
+    return {
+        name: mixture(plan, 16, 20, sizes=SMALL if i % 2 else UNLIKE) for i, (name, plan) in enumerate(plans().items())
+    }
 
 
 def kinds() -> dict[str, Errors]:
@@ -201,9 +204,9 @@ def promises() -> dict[str, Errors]:
     )
     grad = randn(20, D, seed=9)
 
-    def both(q: Problem, wanted: Wanted = Wanted(), sizes: Blocks = SMALL) -> tuple[Tensor, Grads]:
-        y, hidden = run.forward(q, True, sizes)
-        return y, run.backward(q, hidden, grad, wanted, sizes)
+    def both(q: Problem, wanted: Wanted = ALL) -> tuple[Tensor, Grads]:
+        y, hidden = run.forward(q, True, SMALL)
+        return y, run.backward(q, hidden, grad, wanted, SMALL)
 
     y, all_grads = both(p)
     found: dict[str, Errors] = {}
