@@ -57,8 +57,16 @@ class Signals:
         """A call-time value, or the configured one."""
         return self.knobs.get(name, default)
 
+    def labels(self) -> dict[str, Tensor]:
+        """What plans keep for later analysis: task and label, where they are given."""
+        if self.task is None and self.label is None:
+            return {}
+        return {n: t for n in ("task", "label") if (t := getattr(self, n)) is not None}
+
     def require(self, names: tuple[str, ...], by: str) -> None:
         """Raise `MissingSignalError` unless every named signal is there."""
+        if not names:
+            return
         missing = [n for n in names if getattr(self, n) is None]
         if missing:
             given = [f.name for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)]

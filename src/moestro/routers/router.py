@@ -15,6 +15,7 @@ from ..core.pytree import changed
 from ..core.signals import Signals
 from ..ops.choice import commit
 from . import config as cfg
+from .few import common, of_few
 from .steps import LimitStep, MixStep, Scores, ScoreStep, SelectStep, Step, WeighStep
 from .subset import Subset
 
@@ -50,6 +51,7 @@ class StepRouter(nn.Module):
         self.causal = all(s.causal for s in steps)
         self.needs = tuple(dict.fromkeys(n for s in steps for n in s.needs))
         self.top_k = self.select.top_k
+        self.common = common(config)
 
     def forward(self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None) -> tuple[AnyPlan, Carry]:
         signals = Signals() if signals is None else signals
@@ -61,10 +63,13 @@ class StepRouter(nn.Module):
             given = getattr(signals, name)
             if isinstance(given, Tensor) and given.ndim and given.shape[0] != x.shape[0]:
                 raise UserError(f"signals.{name} has {given.shape[0]} entries for {x.shape[0]} units")
+        replay = carry.mine
+        if self.common is not None and replay is None and (plan := of_few(self, self.common, x, signals)) is not None:
+            return plan, carry
         with _no_autocast(x.device.type):
             scores, carry = self._scores(x, signals, carry)
-            if isinstance(carry.mine, Replay):
-                return self._replay(carry.mine.plan, scores, signals), carry
+            if isinstance(replay, Replay):
+                return self._replay(replay.plan, scores, signals), carry
             return self._decide(x, scores, signals), carry
 
     def step(self, counts: Tensor) -> None:
@@ -203,9 +208,14 @@ class StepRouter(nn.Module):
 
     def _shared(self, scores: Scores, signals: Signals, extra: dict[str, Tensor]) -> dict[str, Any]:
         """What all three types of plan carry, over the ids of the whole bank."""
-        meta = {n: t for n in ("task", "label") if (t := getattr(signals, n)) is not None}
         probs, logits, named = self.subset.spread_scores(scores)
-        return {"probs": probs, "logits": logits, "valid": signals.valid, "extra": {**named, **extra}, "meta": meta}
+        return {
+            "probs": probs,
+            "logits": logits,
+            "valid": signals.valid,
+            "extra": {**named, **extra},
+            "meta": signals.labels(),
+        }
 
 
 def _no_autocast(device_type: str) -> Any:

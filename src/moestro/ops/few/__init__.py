@@ -4,5 +4,6 @@ attention. Each function but `linear` answers None where it does not apply, and 
 from .attend import attend_one
 from .linears import linear, linears
 from .norm import rms_norm
+from .route import route
 
-__all__ = ["attend_one", "linear", "linears", "rms_norm"]
+__all__ = ["attend_one", "linear", "linears", "rms_norm", "route"]

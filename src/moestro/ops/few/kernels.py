@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,12 @@ def kernels(x: Tensor) -> Library | None:
         return None
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return None
-    return load()
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and its kin: what looks like a tensor is none
+        return None
+    return _library()
+
+
+_library = functools.cache(load)  # without its lock
 
 
 def ready(*tensors: Tensor | None) -> bool:

@@ -134,3 +134,63 @@ void moestro_attend_one(float *y, const float *q, const float *k, const float *v
         attend(y + h * d, turn, key + (g * size + from) * d, value + (g * size + from) * d, n, d, scale, turn + d);
     }
 }
+
+/* activation and weights, as callers pass them */
+enum { SOFTMAX = 0, SIGMOID = 1, IDENTITY = 2 };
+enum { RAW = 0, RENORMALISED = 1, KEPT = 2 };
+
+/* to [n] = softmax of from [n]; they may be the same. */
+static void softmax(float *to, const float *from, int64_t n)
+{
+    float most = -INFINITY, sum = 0.0f;
+    for (int64_t i = 0; i < n; i++)
+        most = from[i] > most ? from[i] : most;
+    for (int64_t i = 0; i < n; i += VW) {
+        int64_t m = n - i < VW ? n - i : VW;
+        v_store_n(to + i, v_exp(v_load_n(from + i, m) - v_set(most)), m);
+    }
+    for (int64_t i = 0; i < n; i++)
+        sum += to[i];
+    for (int64_t i = 0; i < n; i++)
+        to[i] /= sum;
+}
+
+/* A linear router on few tokens x [T, D]: logits, probs [T, E] of w [E, D] and b [E] or NULL; expert, weight [T, K] of
+ * the K highest probs, equal ones by lower index. Returns 1 where a prob is NaN, and then choices mean nothing. */
+int moestro_route(const float *x, const float *w, const float *b, float *logits, float *probs, int64_t *expert,
+                  float *weight, int64_t T, int64_t D, int64_t E, int64_t K, int activation, int weigh, float scale)
+{
+    for (int64_t t = 0; t < T; t++, x += D, logits += E, probs += E, expert += K, weight += K) {
+        for (int64_t e = 0; e < E; e++)
+            logits[e] = dot_f32(w + e * D, x, D, (const char *)(w + e * D) + AHEAD) + (b ? b[e] : 0.0f);
+        if (activation == SOFTMAX)
+            softmax(probs, logits, E);
+        else
+            for (int64_t e = 0; e < E; e += VW) {
+                int64_t m = E - e < VW ? E - e : VW;
+                vf l = v_load_n(logits + e, m);
+                v_store_n(probs + e, activation == SIGMOID ? v_sigmoid(l) : l, m);
+            }
+        float last = INFINITY, sum = 0.0f;
+        int64_t place = -1;
+        for (int64_t e = 0; e < E; e++)
+            if (probs[e] != probs[e])
+                return 1;
+        for (int64_t k = 0; k < K; k++) {
+            int64_t best = -1; /* the highest of those that come after the last one taken */
+            for (int64_t e = 0; e < E; e++)
+                if ((probs[e] < last || (probs[e] == last && e > place)) && (best < 0 || probs[e] > probs[best]))
+                    best = e;
+            expert[k] = place = best;
+            last = probs[best];
+            weight[k] = weigh == KEPT ? logits[best] : last;
+            sum += weight[k];
+        }
+        if (weigh == KEPT)
+            softmax(weight, weight, K);
+        sum = sum > 1.17549435e-38f ? sum : 1.17549435e-38f; /* the least normal number */
+        for (int64_t k = 0; k < K; k++)
+            weight[k] = (weigh == RENORMALISED ? weight[k] / sum : weight[k]) * scale;
+    }
+    return 0;
+}
