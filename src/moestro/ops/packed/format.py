@@ -5,9 +5,9 @@ A matrix [.., O, I] is packed along its inputs I.
 bf16: the upper half of each fp32, rounded to the nearest, ties to even. `data` [.., O, I] bfloat16, no scales.
 
 int8, int4: blocks of 32 inputs with one fp16 scale each, `scale` [.., O, N], N = ceil(I / 32); a weight is q * scale.
-Inputs that fill the last block are zeros. `data` is [.., O, 32 N] int8 with q in -127..127, or [.., O, 16 N] uint8 with
-q in -8..7: byte i of a block's 16 bytes holds input i in its lower four bits and input 16 + i in its upper four, each in
-two's complement. So one widening of 16 bytes and one shift give 32 weights in order.
+Inputs that fill the last block are zeros. `data` is [.., O, 32 N] int8 with q in -127..127, or [.., O, 16 N] uint8
+with q in -8..7: byte i of a block's 16 bytes holds input i in its lower four bits and input 16 + i in its upper four,
+each in two's complement. So one widening of 16 bytes and one shift give 32 weights in order.
 
 An error is at most half a scale with int8, the scale being the block's largest magnitude / 127 (rounded to fp16). With
 int4 each block takes, of a few scales, the one with the least squared error; one of them is the largest magnitude / 7,
@@ -31,8 +31,8 @@ KINDS: dict[str, int] = {"bf16": 1, "int8": 2, "int4": 3}
 """Kinds by name, with the numbers that the C kernels know them by."""
 BLOCK = 32
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-# What the weight of largest magnitude is divided by for a scale of int4: as q = 7 or -7, as -8, beyond -8.
-_DIVISORS = (7.0, -8.0, -8.5)
+# What the weight of largest magnitude is divided by, to be -8 or a little beyond: tried beside 7, which clips nothing.
+_DIVISORS = (-8.0, -8.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def pack(weight: Tensor, kind: Kind) -> Packed:
     step = max(1, 2**22 // max(1, blocks * BLOCK))  # rows at a time: what lies between stays small
     for start in range(0, flat.shape[0], step):
         part = flat[start : start + step].float()
-        part = torch.nn.functional.pad(part, (0, blocks * BLOCK - inputs)).view(-1, blocks, BLOCK)
+        part = torch.nn.functional.pad(part, (0, blocks * BLOCK - inputs)).view(len(part), blocks, BLOCK)
         q, s = _int8(part) if kind == "int8" else _int4(part)
         data[start : start + step], scale[start : start + step] = q, s
     return Packed(kind, data.view(*lead, data.shape[1]), scale.view(*lead, blocks), inputs)
@@ -134,18 +134,14 @@ def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
 def _int4(w: Tensor) -> tuple[Tensor, Tensor]:
     """w [R, N, 32] -> q [R, 16 N] uint8, scale [R, N]."""
     largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))[..., 0]
-    best, q, error = None, None, None
-    for divisor in _DIVISORS:
-        scale = _scale(largest.abs(), 7) if divisor == 7.0 else (largest / divisor).to(torch.float16)
-        made = _rounded(w, scale, -8, 7)
-        lost = (made * scale.float()[..., None] - w).square_().sum(-1)
-        if best is None or q is None or error is None:
-            best, q, error = scale, made, lost
-        else:
-            better = lost < error
-            best, error = torch.where(better, scale, best), torch.where(better, lost, error)
-            q = torch.where(better[..., None], made, q)
-    assert best is not None and q is not None
+    scales = [_scale(largest.abs(), 7), *((largest / d).to(torch.float16) for d in _DIVISORS)]
+    rounded = [_rounded(w, scale, -8, 7) for scale in scales]
+    lost = [(q * s.float()[..., None] - w).square_().sum(-1) for q, s in zip(rounded, scales)]
+    best, q, least = scales[0], rounded[0], lost[0]
+    for other, made, error in zip(scales[1:], rounded[1:], lost[1:]):
+        better = error < least
+        best, least = torch.where(better, other, best), torch.where(better, error, least)
+        q = torch.where(better[..., None], made, q)
     low, high = q.to(torch.int8).view(torch.uint8).split(BLOCK // 2, dim=-1)
     return ((low & 15) | (high << 4)).flatten(1), best
 
