@@ -11,7 +11,7 @@ from torch import nn
 
 from moestro.bench import peers
 from moestro.bench.timing import interleave, ratio, spread
-from moestro.bench.train import AGREEMENT, agreement, measure
+from moestro.bench.train import AGREEMENT, _refuse_wasteful, agreement, measure
 from moestro.cli.bench import KINDS
 from moestro.moe.layer import MoELayer
 from moestro.routers.config import Capacity, Router
@@ -54,7 +54,7 @@ def test_spread() -> None:
 
 
 def test_record_of_a_race(tiny: TrainRun) -> None:
-    record = measure(tiny, rounds=1, steps=1, against=("grouped_mm", "eager"))
+    record = measure(tiny, rounds=1, steps=1, against=("grouped_mm", "eager"), name="tiny")
     assert json.loads(json.dumps(record)) == record
     assert list(record["rows"]) == ["sparse", "dense twin", "grouped_mm", "eager"]
     for name in ("grouped_mm", "eager"):
@@ -64,6 +64,10 @@ def test_record_of_a_race(tiny: TrainRun) -> None:
         assert parts == pytest.approx(row["step_seconds"])
         assert row["experts_seconds"] > 0
     assert set(record["ratios"]) == {"dense twin", "grouped_mm"}  # eager is shown, never compared with
+    assert list(record["regimes"]) == ["tiny, step", "tiny, experts", "tiny, attention"]
+    experts = record["regimes"]["tiny, experts"]["rows"]
+    assert experts["sparse"]["seconds"] == [pytest.approx(record["rows"]["sparse"]["experts_seconds"], rel=1e-5)]
+    assert record["goals"] == []  # none speaks of this preset
     assert record["machine"]["versions"]["torch"] == torch.__version__
     assert record["peak_memory"]["process"] > 1 << 20
 
@@ -79,6 +83,16 @@ def test_another_result_is_no_peer() -> None:
     theirs["layers.0.ffn.experts.gate_up_proj"][2] = float("nan")
     assert not agreement(ours, theirs)["agrees"]
     assert not agreement(ours, {"nats": torch.tensor(1.0)})["agrees"]
+
+
+def test_wasteful_peers_are_left_out() -> None:
+    large = preset("bench").model
+    for implementation, why in (("batched_mm", "384 GiB"), ("eager", "24 GiB")):
+        with pytest.raises(peers.Absent, match=why):
+            _refuse_wasteful(large, 4096, implementation)
+    _refuse_wasteful(large, 4096, "grouped_mm")
+    for implementation in ("batched_mm", "eager"):
+        _refuse_wasteful(preset("stdlib").model, 2048, implementation)
 
 
 def test_a_peer_that_cannot_do_it_says_so(tiny: TrainRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +117,8 @@ def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pyt
     made = measure(tiny, rounds=1, steps=1, against=("grouped_mm",))
     asked: dict[str, object] = {}
 
-    def measured(run: TrainRun, rounds: int, steps: int, say: object) -> object:
-        asked.update(run=run, rounds=rounds, steps=steps)
+    def measured(run: TrainRun, rounds: int, steps: int, say: object, against: object, name: str) -> object:
+        asked.update(run=run, rounds=rounds, steps=steps, against=against)
         made["rows"] |= {"eager": {"absent": "not here"}, "batched_mm": {"agrees": False, "where": "x", "worst": 1.0}}
         return made
 
@@ -114,15 +128,17 @@ def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pyt
         *("bench", "train", str(trained.folder), "--rounds", "2", "--seed", "5", "--json", "--out", str(out))
     )
     assert status == 0, err
-    assert json.loads(printed) == json.loads((out / "bench-train.json").read_text()) == made
+    assert json.loads(printed) == json.loads((out / "record.json").read_text()) == made
+    assert (out / "picture.svg").read_text().startswith("<?xml")
     assert isinstance(asked["run"], TrainRun)
-    assert (asked["run"].seed, asked["rounds"], asked["steps"]) == (5, 2, 3)
+    assert (asked["run"].seed, asked["rounds"], asked["steps"]) == (5, 2, None)
+    assert asked["against"] == ("grouped_mm", "grouped_mm compiled", "batched_mm", "eager")
     for part in ("sparse", "dense twin", "not run: not here", "gradients differ", "peak memory", "times as fast as"):
         assert part in err
 
 
 @pytest.mark.parametrize(
-    "line", [("bench",), ("bench", "--help"), ("bench", "train", "--help"), ("bench", "seeds", "--help")]
+    "line", [("bench",), ("bench", "--help"), *(("bench", kind, "--help") for kind in KINDS)], ids=" ".join
 )
 def test_help(line: tuple[str, ...]) -> None:
     status, out, _ = command(*line)
@@ -130,11 +146,38 @@ def test_help(line: tuple[str, ...]) -> None:
     assert "usage: moestro bench" in out
 
 
+def test_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moestro.bench import layer
+
+    monkeypatch.setattr(layer, "TURN", 0.0)
+    line = ("bench", "layer", "--shape", "16", "8", "4", "2", "--tokens", "8", "--rounds", "2", "--threads", "1")
+    status, printed, err = command(*line, "--out", str(tmp_path / "made"), "--json")
+    assert status == 0, err
+    record = json.loads(printed)
+    assert record == json.loads((tmp_path / "made" / "record.json").read_text())
+    assert (tmp_path / "made" / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    for part in ("forward, D 16 F 8 E 4 K 2, balanced", "dense, width K*F", "loop, unbind", "load average"):
+        assert part in err
+    status, _, err = command(*line, "--only", "nowhere")
+    assert status == 2
+    assert "no regime has 'nowhere'" in err
+
+
+def test_decode(tmp_path: Path) -> None:
+    line = ("bench", "decode", "--shape", "16", "8", "4", "2", "--layers", "2", "--tokens", "3", "--passes", "1")
+    status, printed, err = command(*line, "--threads", "1", "--model-rounds", "1", "--new-tokens", "4", "--json")
+    assert status == 0, err
+    record = json.loads(printed)
+    assert list(record["regimes"]) == [f"{kind}, 2 layers, D 16 F 8 E 4 K 2" for kind in ("cold decode", "whole model")]
+    for part in ("read once, fp32", "ms per layer", "tokens/s", "4 of 4"):
+        assert part in err
+
+
 def test_unknown_measurement() -> None:
     status, _, err = command("bench", "trian")
     assert status == 2
     assert "did you mean 'train'" in err
-    assert list(KINDS) == ["train", "widths", "seeds"]
+    assert list(KINDS) == ["layer", "decode", "train", "widths", "seeds"]
 
 
 def test_seeds(trained: Trained, tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ def _cold(
     expected = torch.cat([_reference(token, shared) for token in checked])
     rows: dict[str, Any] = {}
     racing: dict[str, list[Step]] = {}
-    torch._dynamo.reset()
     for name, maker in decoders.makers(shape, shared, with_peers).items():
         say(f"checking {name}")
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class Maker:
 
 
 def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Maker]:
-    """Name -> maker. peers: transformers' too."""
+    """Name -> maker. peers: compiled ones and transformers' too."""
     packed = {kind: _Packed(shape, shared, kind) for kind in KINDS}
     made = {OURS: Maker(lambda: [_ours(shape, w) for w in shared], shape)}
     for kind in KINDS:
@@ -49,8 +50,8 @@ def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Ma
     for kind in KINDS:
         made[f"read once, {kind}"] = Maker(packed[kind].readers, shape, kind, reader=True)
     made["loop, unbind"] = Maker(lambda: [_loop(w) for w in shared], shape)
-    made["gather + bmm compiled"] = Maker(lambda: _gathered(shared), shape, compiled=True)
     if peers:
+        made["gather + bmm compiled"] = Maker(lambda: _gathered(shared), shape, compiled=True)
         for name, implementation, compiled in (
             ("transformers grouped_mm", "grouped_mm", False),
             ("transformers batched_mm", "batched_mm", False),
@@ -91,12 +92,25 @@ def _gathered(shared: Sequence[Weights]) -> list[Step]:
 
 
 def _reader(tensors: Sequence[Tensor]) -> Step:
-    """Reads expert[0]'s slices of stacked tensors [E, ...] once, with all threads, and adds the values up."""
+    """Reads the chosen experts' slices of tensors [E, ...] once, with all threads: the floor of everything above."""
     native: Any = importlib.import_module("moestro.ops.native")
     library = native.load()
-    if library is None or not hasattr(library, "moestro_read"):
-        raise Absent(f"no reader here: {native.reason()}")
-    raise Absent("no reader here")
+    if library is None:
+        raise Absent(f"no reader without C kernels: {native.reason()}")
+    read, threads = library.moestro_read, torch.get_num_threads()
+    known: dict[int, tuple[Any, Any, int]] = {}  # a token's table lies where it lies: its pieces are looked up once
+
+    def step(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        found = known.get(expert.data_ptr())
+        if found is None:
+            pieces = [t[e] for e in expert[0].tolist() for t in tensors]
+            places = (ctypes.c_void_p * len(pieces))(*(p.data_ptr() for p in pieces))
+            sizes = (ctypes.c_int64 * len(pieces))(*(p.numel() * p.element_size() for p in pieces))
+            found = known[expert.data_ptr()] = (places, sizes, len(pieces))
+        read(*found, threads)
+        return x
+
+    return step
 
 
 class _Packed:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.errors import UserError
 from . import layers, peers, routers
@@ -132,7 +133,6 @@ class _Race:
             rows = routers.measure(self.case.shape, self.rounds, self.peers, self.seed, self.device, self.dtype)
             return {names[0]: self._regime(rows, "none")}
         shared = weights(self.case.shape, self.seed, self.device, self.dtype)
-        torch._dynamo.reset()
         makers = layers.makers(self.case.shape, shared, self.backward, self.peers)
         built: dict[str, Layer | str] = {}
         for name, make in makers.items():
@@ -194,11 +194,12 @@ class _Race:
                 row["compile_seconds"] = time.perf_counter() - start
             if layer.bar:
                 continue
-            got = {"y": y.detach()}
+            got: dict[str, Tensor | None] = {"y": y.detach()}
             if self.backward:
-                got |= {"x": x.grad, "weight": weight.grad, **layer.grads()}  # type: ignore[dict-item]
+                got |= {"x": x.grad, "weight": weight.grad, **layer.grads()}
             for name, expected in {"y": answer.y, **answer.grads}.items():
-                apart = distance(got[name], expected) if got[name] is not None else math.inf
+                value = got.get(name)
+                apart = math.inf if value is None else distance(value, expected)
                 row["errors"][name] = max(apart, row["errors"].get(name, 0.0))
         layer.clear()
         if layer.bar:
@@ -236,6 +237,7 @@ class _Race:
         number: int,
         regime: str,
     ) -> None:
+        gc.collect()
         alone: dict[str, float] = {}
         for name, call in ready.items():
             rows[name]["peak_bytes"] = peak_of(call, self.device)

@@ -162,7 +162,10 @@ def _transformers(shape: Shape, shared: Weights, implementation: str, compiled: 
         if compiled and choices > CHOICES:
             raise Absent(f"one product for each of {choices} choices: not meant for so many")
     experts: Any = transformers_experts(shared.gate_up, shared.down, implementation)
-    call = torch.compile(experts, dynamic=False) if compiled else experts
+    call = experts
+    if compiled:
+        torch._dynamo.reset()  # else the limit of recompilations of one function would stop later shapes
+        call = torch.compile(experts, dynamic=False)
     leaves = {"gate_up": experts.gate_up_proj, "down": experts.down_proj}
     return Layer(lambda x, expert, weight: call(x, expert, weight.to(x.dtype)), leaves, compiled=compiled)
 

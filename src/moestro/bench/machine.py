@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import importlib.metadata
 import os
 import platform
@@ -52,7 +51,6 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int | None:
 
     On the CPU resident memory of the process, which counts everybody's buffers, in pages.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -13,7 +13,7 @@ from .goals import judged
 from .machine import describe_machine, load_average, peak_memory, warn_if_busy
 from .timing import ratio, spread
 
-__all__ = ["Regimes", "begin", "finish", "summed"]
+__all__ = ["Regimes", "begin", "compared", "finish", "summed"]
 
 SCHEMA = 1
 DIGITS = 6  # of a time that are kept

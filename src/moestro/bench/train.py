@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
+from ..core.errors import UserError, did_you_mean
 from ..models.decoder import Decoder
 from ..models.twin import dense_twin
+from ..moe.config import MoELayer as MoEConfig
 from ..moe.layer import MoELayer
 from ..tasks.batches import Batches
 from ..tasks.corpus import cache_folder, prepare
@@ -28,9 +29,9 @@ from ..train.config import TrainRun
 from ..train.ranks import joined
 from . import peers
 from .contender import Contender
-from .machine import describe_machine, peak_memory
 from .problem import distance
-from .timing import interleave, ratio, spread
+from .record import Regimes, begin, compared, finish
+from .timing import interleave, spread
 
 __all__ = ["AGREEMENT", "measure"]
 
@@ -44,21 +45,29 @@ PEERS = {
 COMPARED = (TWIN, GROUPED, COMPILED)  # what ratios are taken to; the others are shown only
 KINDS = ("experts", "attention")
 AGREEMENT = 1e-4  # relative L2 per gradient tensor, fp32
+LARGE = 20_000_000  # parameters from which a turn is one step
+MOST_COPIED = 8 * 2**30  # bytes per step
 
 
 def measure(
     run: TrainRun,
     rounds: int = 7,
-    steps: int = 3,
+    steps: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     against: Sequence[str] = tuple(PEERS),
+    name: str = "",
 ) -> dict[str, Any]:
-    """Measure a run's model. Returns a JSON-able record: `rows` per contender, `ratios` of the sparse model's speed.
+    """Measure a run's model. Returns a JSON-able record: `rows` per contender, `ratios` of the sparse model's speed,
+    and the whole step and its parts as regimes (see `record`), called `name` and the part.
 
-    rounds: how often every contender has its turn. steps: optimiser steps of one turn. against: names in PEERS.
+    rounds: how often every contender has its turn. steps: optimiser steps of one turn; None = 3, or 1 of a model with
+    over 20 million parameters. against: names in PEERS.
     """
-    if rounds < 1 or steps < 1:
+    if rounds < 1 or (steps is not None and steps < 1):
         raise UserError("bench train: needs at least one round of at least one step")
+    for peer in against:
+        if peer not in PEERS:
+            raise UserError(f"bench train: unknown peer {peer!r}{did_you_mean(peer, PEERS)}; known: {', '.join(PEERS)}")
     with joined(run.device) as ranks:
         if ranks.world > 1:
             raise UserError("bench train measures one process; start it without torchrun")
@@ -68,6 +77,10 @@ def measure(
         corpus = prepare(run.data.build(), tokenizer, cache_folder(run.data.cache), say)
         shape = run.model.replace(vocab_size=tokenizer.vocab_size, seed=run.seed)
         run = run.replace(model=shape, micro_batch=0)
+        if steps is None:
+            steps = 1 if shape.num_params() > LARGE else 3
+        record = begin("training speed of one process", ranks.device, run.seed, rounds)
+        say(record.get("warning", ""))
         batches = Batches(corpus, run.seq_len, run.seed)
 
         def enter(shape: Any, change: Callable[[nn.Module], None] = lambda model: None) -> Contender:
@@ -81,35 +94,63 @@ def measure(
         racing[TWIN] = enter(dense_twin(shape, run.seq_len))
         rows: dict[str, dict[str, Any]] = {name: {} for name in (SPARSE, TWIN, *against)}
         expected = racing[SPARSE].first()
-        for name in against:
-            implementation, compiled = PEERS[name]
-            say(f"checking {name}")
+        for peer in against:
+            implementation, compiled = PEERS[peer]
+            say(f"checking {peer}")
             try:
-                peer = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))
-                rows[name] = agreement(expected, peer.first())
+                _refuse_wasteful(shape, run.batch_size * run.seq_len, implementation)
+                entered = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))
+                rows[peer] = agreement(expected, entered.first())
             except Exception as error:  # also a compiler that is not there, an op that this device lacks
-                rows[name] = {"absent": peers.why(error)}
+                rows[peer] = {"absent": peers.why(error)}
                 continue
-            if rows[name]["agrees"]:
-                racing[name] = peer
-        taken = {name: steps if name in (SPARSE, *COMPARED) else 1 for name in racing}
+            if rows[peer]["agrees"]:
+                racing[peer] = entered
+        taken = {who: steps if who in (SPARSE, *COMPARED) else 1 for who in racing}
         seconds = _race(racing, rounds, taken, say)
         tokens = run.batch_size * run.seq_len
-        for name in racing:
-            rows[name] |= _row(seconds, name, tokens, taken[name])
-        return {
-            "what": "training speed of one process",
-            "machine": describe_machine(ranks.device),
-            "seed": run.seed,
-            "rounds": rounds,
+        for who in racing:
+            rows[who] |= _row(seconds, who, tokens, taken[who])
+        record |= {
+            "name": name,
             "steps_per_turn": steps,
             "tokens_per_step": tokens,
             "parameters": sum(p.numel() for p in racing[SPARSE].model.parameters()),
             "config": run.to_dict(),
             "rows": rows,
-            "ratios": {to: _compared(seconds, to) for to in COMPARED if to in racing},
-            "peak_memory": peak_memory(ranks.device),
+            "ratios": {to: compared(seconds, SPARSE, to) for to in COMPARED if to in racing},
         }
+        return finish(record, "train", _regimes(seconds, taken, name), ranks.device)
+
+
+def _regimes(seconds: dict[str, list[float]], taken: dict[str, int], name: str) -> Regimes:
+    """The whole step, and all layers of one kind; what is shown only is left out."""
+    racing = [who for who in taken if who in (SPARSE, *COMPARED)]
+    found: Regimes = {}
+    for part in ("step", *KINDS):
+        times = {
+            who: [s / taken[who] for s in seconds[who]] if part == "step" else seconds[f"{who}/{part}"]
+            for who in racing
+        }
+        rows = {who: {"seconds": values} | ({"bar": True} if who == TWIN else {}) for who, values in times.items()}
+        found[f"{name}, {part}"] = {"kind": "train", "part": part, "ours": SPARSE, "rows": rows}
+    return found
+
+
+def _refuse_wasteful(shape: Any, tokens: int, implementation: str) -> None:
+    """Raise `Absent` for what would need more memory or time than the measurement is worth."""
+    copied = written = 0
+    for block in shape.resolved():
+        layer = block.ffn
+        if isinstance(layer, MoEConfig) and isinstance(width := getattr(layer.experts, "width", None), int):
+            expert = 12 * shape.dim * width
+            choices = getattr(getattr(layer.router, "select", None), "k", 1)
+            copied += 2 * expert * tokens * choices
+            written += expert * layer.num_experts**2
+    if implementation == "batched_mm" and copied > MOST_COPIED:
+        raise peers.Absent(f"it copies the weights of every choice, here {copied / 2**30:.0f} GiB per step")
+    if implementation == "eager" and written > MOST_COPIED:
+        raise peers.Absent(f"it writes a full gradient for every expert, here {written / 2**30:.0f} GiB per step")
 
 
 def agreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
@@ -138,11 +179,6 @@ def _race(
         rounds,
         each=lambda done, name: say(f"round {(done - 1) // len(turns)} of {rounds}, {done}/{total}: {name}"),
     )
-
-
-def _compared(seconds: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Speed of the sparse model over another's: round by round, and that of the fastest turns of both."""
-    return dataclasses.asdict(ratio(seconds, SPARSE, to)) | {"fastest": min(seconds[to]) / min(seconds[SPARSE])}
 
 
 def _row(seconds: dict[str, list[float]], name: str, tokens: int, steps: int) -> dict[str, Any]:

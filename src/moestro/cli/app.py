@@ -16,7 +16,7 @@ VERBS = {
     "inspect": "run a trained run over any text, write its routing trace and a report",
     "info": "parameters, active parameters, FLOPs and bytes of a preset, a published shape or a run",
     "presets": "list what `train` and `info` know by name",
-    "bench": "measure training speed against the dense twin and transformers' experts",
+    "bench": "measure layers, decoding and training against other implementations",
 }
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
 from ..train.presets import DEFAULT
+from .bench_show import footer, print_goals, print_json, say, write
 from .find import find
 from .override import override
 from .parse import Settings, parse
-from .style import count, print_table, size
+from .style import count, print_table
 
 __all__ = ["main"]
 
@@ -29,8 +29,15 @@ class Options:
     """Preset, run folder or config.json."""
     rounds: int = 7
     """How often every contender has its turn."""
-    steps: int = 3
-    """Optimiser steps of a turn."""
+    steps: int | None = None
+    """Optimiser steps of a turn; None = 3, or 1 of a model with over 20 million parameters."""
+    against: tuple[Literal["grouped_mm", "grouped_mm compiled", "batched_mm", "eager"], ...] = (
+        "grouped_mm",
+        "grouped_mm compiled",
+        "batched_mm",
+        "eager",
+    )
+    """Which of transformers' experts; absent ones get a row that says so."""
     seed: int | None = None
     """Seed of initial values and data order; None = the preset's."""
     device: str | None = None
@@ -40,9 +47,9 @@ class Options:
     set: Settings = ()
     """PATH=VALUE: change the preset first, as in moestro train."""
     out: Path | None = None
-    """Folder to write the record into, as bench-train.json."""
+    """Folder to write record.json, picture.svg and picture.png into."""
     json: bool = False
-    """Print one line of JSON on stdout; the table goes to stderr."""
+    """Print one line of JSON on stdout; the tables go to stderr."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -50,26 +57,19 @@ def main(args: Sequence[str]) -> int:
     run = override(find(options.preset), options.set)
     given = {"seed": options.seed, "device": options.device, "threads": options.threads}
     run = run.replace(**{name: value for name, value in given.items() if value is not None})
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
 
     from ..bench.train import measure
 
-    record = measure(run, options.rounds, options.steps, _say)
-    _say("")
-    text = json.dumps(record)
-    if options.out is not None:
-        (options.out / "bench-train.json").write_text(text + "\n", encoding="utf-8")
-    _show(sys.stderr if options.json else sys.stdout, options.preset, record)
+    record = measure(run, options.rounds, options.steps, say, options.against, options.preset)
+    say("")
+    write(options.out, record)
+    stream = sys.stderr if options.json else sys.stdout
+    _show(stream, options.preset, record)
+    print_goals(stream, record)
+    footer(stream, record)
     if options.json:
-        print(text)
+        print_json(record)
     return 0
-
-
-def _say(line: str) -> None:
-    """Show what is being measured, on terminals, in one line that overwrites itself."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
@@ -86,15 +86,9 @@ def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
             f"fastest turns {r['fastest']:.3f})",
             file=stream,
         )
-    machine, memory = record["machine"], record["peak_memory"]
     print(
-        f"experts: forward and backward of the feed-forward layers, router included, timed apart; attention likewise; "
-        f"rest: the remainder of the step\n"
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instruction_set']}, {machine['device']}; "
-        f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}; "
-        f"peak memory of the process {size(memory['process'])}"
-        + (f", of the accelerator {size(memory['accelerator'])}" if "accelerator" in memory else ""),
+        "experts: forward and backward of the feed-forward layers, router included, timed apart; attention likewise; "
+        "rest: the remainder of the step",
         file=stream,
     )
 

@@ -75,7 +75,35 @@ def _tiny() -> TrainRun:
     )
 
 
-PRESETS: dict[str, Callable[[], TrainRun]] = {"stdlib": _stdlib, "stdlib-dense": _stdlib_dense, "tiny": _tiny}
+def _bench() -> TrainRun:
+    """Four routed layers of 64 experts, top-8, width 512: the larger of the shapes whose training speed is measured."""
+    return TrainRun(
+        model=Decoder(
+            dim=512,
+            num_layers=4,
+            attention=Attention(num_heads=8, num_kv_heads=8, head_dim=64, qk_norm="head"),
+            moe=MoELayer(
+                num_experts=64,
+                router=Router(select=TopK(k=8)),
+                experts=Gated(width=256),
+                losses=(SwitchBalance(coefficient=0.01), ZLoss(coefficient=1e-4)),
+            ),
+            context=256,
+            init_std=None,
+        ),
+        optimizer=AdamW(lr=1e-3),
+        steps=2000,
+        batch_size=16,
+        seq_len=256,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainRun]] = {
+    "stdlib": _stdlib,
+    "stdlib-dense": _stdlib_dense,
+    "tiny": _tiny,
+    "bench": _bench,
+}
 
 
 def preset(name: str) -> TrainRun:

@@ -1,0 +1,61 @@
+"""What the measurements have in common on the command line: progress, tables, goals, and the files of a record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..bench.tables import Table, goals_table
+from .style import print_table, size
+
+__all__ = ["footer", "print_goals", "print_json", "say", "show", "write"]
+
+
+def say(line: str) -> None:
+    """Show what is being measured, on terminals, in one line that overwrites itself; warnings stay, everywhere."""
+    if line.startswith("warning"):
+        print(line, file=sys.stderr, flush=True)
+    elif sys.stderr.isatty():
+        print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+
+
+def show(stream: TextIO, table: Table, left: int = 1) -> None:
+    print_table(stream, table.title, table.columns, table.rows, "\n".join(table.notes), left=left)
+
+
+def print_goals(stream: TextIO, record: Mapping[str, Any]) -> None:
+    if record["goals"]:
+        show(stream, goals_table([record]), left=3)
+
+
+def footer(stream: TextIO, record: Mapping[str, Any]) -> None:
+    """Machine, versions, load and memory."""
+    machine, load, memory = record["machine"], record["load_average"], record["peak_memory"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+    before, after = (load[when][0] if load[when] else "unknown" for when in ("before", "after"))
+    print(
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instruction_set']}, {machine['device']}; {versions}; kernels: {machine['kernels']}; "
+        f"load average {before} before, {after} after; peak memory of the process {size(memory['process'])}"
+        + (f", of the accelerator {size(memory['accelerator'])}" if "accelerator" in memory else ""),
+        file=stream,
+    )
+
+
+def write(out: Path | None, record: Mapping[str, Any]) -> None:
+    """record.json and its picture, as SVG and PNG, into a folder that is made if need be."""
+    if out is None:
+        return
+    from ..bench.picture import draw
+    from ..train.files import write_json
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "record.json", record)
+    draw(record, out / "picture")
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    print(json.dumps(record))

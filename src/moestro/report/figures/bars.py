@@ -1,0 +1,94 @@
+"""Bars with quartile whiskers, one panel per comparison, as files: SVG and PNG in the page's light theme."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ..style import CSS
+from .draw import GRID, INK, MUTED, PAPER, canvas, clip, panels
+
+__all__ = ["Bar", "Panel", "draw_bars"]
+
+FAR = 12.0  # times the smallest figure, from which a linear axis would hide it
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """A figure with its quartiles. kind: "ours", "other", "bar" for something else of equal cost, or "floor" for what
+    nothing can go below."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    kind: str = "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Bars of one unit, shown in their order."""
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+
+
+def draw_bars(content: Sequence[Panel], title: str, columns: int = 2) -> dict[str, bytes]:
+    """{"svg": ..., "png": ...}: horizontal bars with their figures; where they are far apart, on a logarithmic axis."""
+    import matplotlib
+
+    theme = _light()
+    place = {GRID: theme["grid"], INK: theme["ink"], MUTED: theme["muted"], PAPER: theme["paper"]}
+    colour = {"ours": theme["s0"], "floor": theme["s2"], "bar": theme["s4"], "other": theme["s6"]}
+    columns = min(columns, len(content))
+    rows = [content[i : i + columns] for i in range(0, len(content), columns)]
+    heights = [0.75 + 0.21 * max(len(p.bars) for p in row) for row in rows]
+    made = {}
+    with canvas(6.2 * columns, sum(heights) + 0.35) as figure:
+        look: Any = {k: place[v] for k, v in matplotlib.rcParams.items() if isinstance(v, str) and v in place}
+        with matplotlib.rc_context(look):
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=theme["ink"])
+            grid = panels(figure, len(content), columns, gridspec_kw={"height_ratios": heights})
+            for axes, panel in zip(grid, content):
+                _panel(axes, panel, colour, theme["ink"])
+            for form in ("svg", "png"):
+                buffer = io.BytesIO()
+                options: Any = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 160}
+                figure.savefig(buffer, format=form, facecolor=theme["paper"], **options)
+                made[form] = buffer.getvalue()
+    return made
+
+
+def _panel(axes: Any, panel: Panel, colour: dict[str, str], ink: str) -> None:
+    places = range(len(panel.bars))
+    values = [b.value for b in panel.bars]
+    low, high = min(b.low for b in panel.bars), max(b.high for b in panel.bars)
+    far = high > FAR * low
+    left = low / 1.6 if far else 0.0
+    axes.set_xscale("log" if far else "linear")
+    axes.barh(places, [v - left for v in values], left=left, height=0.68, color=[colour[b.kind] for b in panel.bars])
+    reach = [[b.value - b.low for b in panel.bars], [b.high - b.value for b in panel.bars]]
+    axes.errorbar(values, places, xerr=reach, fmt="none", ecolor=ink, elinewidth=0.9, capsize=2)
+    for place, b in zip(places, panel.bars):
+        text = f"{b.value:.0f}" if b.value >= 99.95 else f"{b.value:.3g}"
+        axes.annotate(text, (b.high, place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=ink)
+    axes.set_yticks(places, [clip(b.name, 36) for b in panel.bars])
+    axes.set_xlim(left, high * (high / left) ** 0.12 if far else 1.12 * high)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", which="both", length=2)
+    axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    if far:
+        axes.xaxis.set_minor_formatter(lambda v, _: "")
+    axes.set_title(clip(panel.title, 80), fontsize=9)
+    axes.set_xlabel(panel.unit)
+
+
+def _light() -> dict[str, str]:
+    """The colours of the page's light theme by name."""
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]+);", CSS.partition("@media")[0]))
