@@ -38,6 +38,9 @@ typedef struct {
 #define CHUNK 1024 /* most rows of one task */
 #define WIDE 512   /* most columns of a gradient in one task: their strips stay in the second cache */
 
+/* How long a problem is, so that whoever fills one can be checked. */
+int64_t moestro_experts_problem(void) { return sizeof(problem_t); }
+
 /* Room that a call needs: floats of scratch per thread, and numbers of tasks. */
 void moestro_experts_sizes(const problem_t *p, int backward, int64_t *sizes)
 {
