@@ -10,6 +10,7 @@ import torch
 from moestro.core.carry import Carry, Forecast, Live, Replay
 from moestro.core.errors import MissingSignalError, UserError
 from moestro.core.plan import Plan
+from moestro.core.pytree import changed
 from moestro.core.signals import Signals
 from moestro.core.stats import Stats
 from moestro.core.trail import Key, Record, Term, TermKey, Trail, add_stats
@@ -92,6 +93,37 @@ def test_carry_shows_children_their_own_and_puts_it_back():
     back = carry.back("layers.0", inner.back("mixer", mixer.keep(7)))
     assert dict(back.own) == {"layers.0.mixer": 7, "layers.0.ffn": 2, "layers.1.mixer": 3, "layers.10.mixer": 4}
     assert carry.at("layers.1").own == {"mixer": 3}, "layers.1 must not see layers.10"
+
+
+def test_a_parent_of_many_children_reads_its_carry_once():
+    own = {"layers.0.mixer": 1, "layers.0": 2, "layers.1.a.b": 3, "layers.10.mixer": 4, "embed": 5, "layers": 6}
+    carry, names = Carry(own=own), ["layers.0", "layers.1", "layers.2", "layers.10"]
+    parts = carry.apart(names)
+    assert parts == [dict(carry.at(name).own) for name in names]
+    assert carry.together(names, parts, carry).own == own
+    parts[1], parts[2] = {}, {"new": 7, "": 8}
+    one_by_one = carry
+    for name, part in zip(names, parts):
+        one_by_one = one_by_one.back(name, dataclasses.replace(one_by_one.at(name), own=part))
+    stream = Carry().with_state("r", 9)
+    after = carry.together(names, parts, stream)
+    assert after.own == one_by_one.own
+    assert after.state == {"r": 9}
+    assert carry.own == own
+    assert carry.put("embed", 1).own == carry.back("embed", carry.at("embed").keep(1)).own
+
+
+@pytest.mark.parametrize(
+    "value", [Signals(seed=3, knobs={"top_k": 1}), Carry(state={"a": 1})], ids=["signals", "carry"]
+)
+def test_a_changed_value_is_a_replaced_one(value):
+    name = "seed" if isinstance(value, Signals) else "own"
+    made = changed(value, **{name: {"x": 2}})
+    assert made == dataclasses.replace(value, **{name: {"x": 2}})
+    assert type(made) is type(value)
+    assert getattr(value, name) != {"x": 2}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(made, name, 1)
 
 
 def test_the_stream_flows_and_plans_ahead_come_nearer():

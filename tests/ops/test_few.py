@@ -76,9 +76,9 @@ def test_attend_one(held: int, H: int, G: int, d: int, rotation: str) -> None:
     options |= {"first": held // 3, "scale": 0.3 if rotation == "partial" else None}
     before = key.clone(), value.clone()
     want, new_key, new_value = naive.attend_one(q, k, v, key, value, held, **options)  # type: ignore[arg-type]
-    made = attend_one(q, k, v, key, value, held, **options)  # type: ignore[arg-type]
+    made = attend_one(q.flatten(2), k.flatten(2), v.flatten(2), key, value, held, **options)  # type: ignore[arg-type]
     assert made is not None
-    assert_close("attention", made, want, 2e-6)
+    assert_close("attention", made, want.flatten(2), 2e-6)
     for name, buffer, old, new in (("key", key, before[0], new_key), ("value", value, before[1], new_value)):
         assert_close(name, buffer[:, :, held], new[:, 0], 1e-6)
         rest = torch.arange(size) != held
@@ -105,8 +105,11 @@ def test_what_is_not_theirs_is_left_to_torch() -> None:
         assert linears(x, (w,), (None,)) is None
     assert rms_norm(x.double(), w[0].double(), 1e-5) is None
     assert rms_norm(x, w[0, :8], 1e-5) is None
-    full = normal(1, 1, 4, 16)
-    assert attend_one(normal(1, 1, 1, 16), normal(1, 1, 1, 16), normal(1, 1, 1, 16), full, full, held=4) is None
+    full, one = normal(1, 1, 4, 16), normal(1, 1, 16)
+    assert attend_one(one, one, one, full, full, held=4) is None, "no place is left"
+    assert attend_one(one, one, one, full.expand(2, 1, 4, 16), full.expand(2, 1, 4, 16), held=1) is None
+    assert attend_one(one.double(), one, one, full, full, held=1) is None
+    assert attend_one(normal(1, 2, 16), one, one, full, full, held=1) is None, "two queries"
 
 
 def test_they_are_used_where_a_compiler_is() -> None:

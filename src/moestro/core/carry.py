@@ -9,7 +9,7 @@ Three kinds of content, each with its own addressing:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -75,6 +75,29 @@ class Carry:
         own |= {prefix + k if k else name: v for k, v in child.own.items()}
         return changed(child, own=own)
 
+    def apart(self, names: Sequence[str]) -> list[Mapping[str, Any]]:
+        """What `at` shows each of these children of its own, found in one reading: for a parent of many."""
+        inside: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for key, value in self.own.items():
+            for head, rest in _splits(key):
+                if head in inside:
+                    inside[head][rest] = value
+                    break
+        return [inside[name] for name in names]
+
+    def together(self, names: Sequence[str], parts: Sequence[Mapping[str, Any]], stream: Carry) -> Carry:
+        """The inverse of `apart`: `stream`, with the own things of these children and the other own things of self."""
+        mine = set(names)
+        own = {k: v for k, v in self.own.items() if not any(head in mine for head, _ in _splits(k))}
+        for name, part in zip(names, parts, strict=True):
+            for key, value in part.items():
+                own[f"{name}.{key}" if key else name] = value
+        return changed(stream, own=own)
+
+    def put(self, name: str, value: Any) -> Carry:
+        """This carry with `value` as the child's own: `back(name, at(name).keep(value))`."""
+        return changed(self, own={**self.own, name: value})
+
     @property
     def mine(self) -> Any:
         """What is addressed to this very module, or None."""
@@ -97,3 +120,12 @@ class Carry:
     def give(self, distance: int, value: Live | Forecast) -> Carry:
         """Hand a plan or forecast to the routed layer `distance` routed layers after the next one."""
         return changed(self, ahead={**self.ahead, distance: value})
+
+
+def _splits(key: str) -> Iterator[tuple[str, str]]:
+    """Every way to read a path as one child's and the rest: ("a.b", ""), ("a", "b")."""
+    yield key, ""
+    end = key.rfind(".")
+    while end > 0:
+        yield key[:end], key[end + 1 :]
+        end = key.rfind(".", 0, end)

@@ -86,8 +86,7 @@ class Block(nn.Module):
     def forward(
         self, h: Tensor, signals: Signals, carry: Carry, places: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Carry, Trail]:
-        inner = carry.at("mixer")
-        state = inner.mine
+        state = carry.own.get("mixer")
         x = self.mixer_norm(h)
         attend = None
         if self.routed and getattr(self.mixer, "offers_operator", False):
@@ -96,7 +95,7 @@ class Block(nn.Module):
             y, after = self.mixer(x, signals, state)
         h = h + y
         if after is not None:
-            carry = carry.back("mixer", inner.keep(after))
+            carry = carry.put("mixer", after)
         x = self.ffn_norm(h)
         if not self.routed:
             y, _, trail = self.ffn(x)
@@ -177,9 +176,10 @@ class Decoder(nn.Module):
         trail = Trail()
         save = self.config.checkpoint and self.training and torch.is_grad_enabled()
         places: dict[int, dict[str, Tensor]] = {}  # by what the mixer has seen: the same for all layers of one kind
-        for i in range(start, stop):
-            name = f"layers.{i}"
-            layer, inner, where = self.layers[i], carry.at(name), None
+        names = [f"layers.{i}" for i in range(start, stop)]
+        before, parts = carry, carry.apart(names)
+        for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
+            inner, where = changed(carry, own=parts[i]), None
             if layer.routed:
                 state = inner.own.get("mixer")
                 seen = _length(state)
@@ -187,12 +187,12 @@ class Decoder(nn.Module):
                     places[seen] = _places(signals, h, state)
                 where = places[seen]
             if save:
-                h, inner, left = checkpoint(layer, h, signals.at(name), inner, where)
+                h, carry, left = checkpoint(layer, h, signals.at(name), inner, where)
             else:
-                h, inner, left = layer(h, signals.at(name), inner, where)
-            carry = carry.back(name, inner)
+                h, carry, left = layer(h, signals.at(name), inner, where)
+            parts[i] = carry.own
             trail = trail | left.under(name)
-        return self.norm(h) if stop == last else h, carry, trail
+        return self.norm(h) if stop == last else h, before.together(names, parts, carry), trail
 
     def hidden(
         self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None

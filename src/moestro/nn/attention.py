@@ -77,19 +77,17 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         valid, position, segment = _per_row(signals, B, S)
         q, k, v = products(x, self.q, self.k, self.v)
-        if self.config.qk_norm == "full":
-            q, k = self._normed(q, k)
-        q = q.view(B, S, self.num_heads, self.head_dim)
-        k = k.view(B, S, self.num_kv_heads, self.head_dim)
-        v = v.view(B, S, self.num_kv_heads, self.head_dim)
-        if self.config.qk_norm == "head":
+        if self.config.qk_norm is not None:
             q, k = self._normed(q, k)
         if S == 1 and state is not None and valid is None and position is None and segment is None:
             y = self._one(q, k, v, state)
             if y is not None:
                 after = state.extended()
-                (y,) = products(y.view(B, 1, self.num_heads * self.head_dim), self.o)
-                return (y, after, self._operator_of_one(q, k, state.length, after)) if operator else (y, after)
+                (y,) = products(y, self.o)
+                return (y, after, self._operator_of_one(q, state.length, after)) if operator else (y, after)
+        q = q.view(B, S, self.num_heads, self.head_dim)
+        k = k.view(B, S, self.num_kv_heads, self.head_dim)
+        v = v.view(B, S, self.num_kv_heads, self.head_dim)
         if self.positions is not None:
             q, k = self.positions(q, k, position, 0 if state is None else state.length)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -113,7 +111,10 @@ class Attention(nn.Module):
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None
         assert self.k_norm is not None
-        return self.q_norm(q), self.k_norm(k)
+        if self.config.qk_norm == "full":
+            return self.q_norm(q), self.k_norm(k)
+        heads = (-1, self.head_dim)
+        return self.q_norm(q.unflatten(2, heads)).flatten(2), self.k_norm(k.unflatten(2, heads)).flatten(2)
 
     def _mask(
         self,
@@ -159,9 +160,11 @@ class Attention(nn.Module):
         first = 0 if self.window is None else max(0, state.held + 1 - self.window)
         return attend_one(q, k, v, state.key, state.value, state.held, first=first, scale=self.scale, **rotation)
 
-    def _operator_of_one(self, q: Tensor, k: Tensor, start: int, after: KVCache) -> Operator:
+    def _operator_of_one(self, q: Tensor, start: int, after: KVCache) -> Operator:
         def attend(value: Tensor) -> Tensor:
-            turned = q if self.positions is None else self.positions(q, k, None, start)[0]
+            turned = q.unflatten(2, (-1, self.head_dim))
+            if self.positions is not None:
+                turned, _ = self.positions(turned, turned, None, start)
             keys = after.seen()[0] if self.window is None else after.seen()[0][:, :, -self.window :]
             return self._operator(turned.transpose(1, 2), keys, None, False)(value)
 

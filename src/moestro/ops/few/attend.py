@@ -27,8 +27,8 @@ def attend_one(
 ) -> Tensor | None:
     """The output of attention, or None where it does not apply, and then nothing was written.
 
-    Shapes: q [B, 1, H, d], k, v [B, 1, G, d] with H a multiple of G, before rotation; key, value [B, G, C, d], of whose
-    C places `held` < C are filled; frequency [r] with 2r <= d, or None for no rotation -> [B, 1, H, d].
+    Shapes: q [B, 1, H*d], k, v [B, 1, G*d] with H a multiple of G, before rotation; key, value [B, G, C, d], of whose
+    C places `held` < C are filled; frequency [r] with 2r <= d, or None for no rotation -> [B, 1, H*d].
     Writes the turned k and v to place `held` and looks at the places from `first` to it. scale None = 1 / sqrt(d).
     position: of the new token, equal in all sequences; the first 2r entries turn by position * frequency, see
     `nn.rotary`, and are multiplied by `factor`.
@@ -36,9 +36,9 @@ def attend_one(
     library = kernels(q)
     if library is None:
         return None
-    B, S, H, d = q.shape
-    _, G, size, _ = key.shape
-    if S != 1 or k.shape != (B, 1, G, d) or v.shape != k.shape or key.shape != (B, G, size, d):
+    B, G, size, d = key.shape
+    H = q.shape[2] // d
+    if q.shape != (B, 1, H * d) or k.shape != (B, 1, G * d) or v.shape != k.shape:
         return None
     if H % G or value.shape != key.shape or held >= size or not ready(q, k, v, key, value, frequency):
         return None
