@@ -21,6 +21,7 @@ def gated_mlp(
     offsets: Tensor,
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
+    *,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -60,6 +61,7 @@ def mlp(
     activation: str = "gelu",
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    *,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -96,6 +98,7 @@ def gated_mixture(
     down: Tensor,
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
+    *,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -137,6 +140,7 @@ def mlp_mixture(
     activation: str = "gelu",
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    *,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
