@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moestro.core.errors import UserError
 from moestro.core.plan import AnyPlan, Dense, Plan
 from moestro.core.rows import Rows
 from moestro.dispatch import examples as exchanges
 from moestro.dispatch.base import mixture
-from moestro.experts import Gated, examples
+from moestro.experts import MLP, Experts, Gated, examples
 from moestro.experts import gated as gated_file
 from moestro.experts.gated import GatedBank
 from moestro.ops.combine import through
-from moestro.ops.expert_mlp import FEW
+from moestro.ops.expert_mlp import FEW, choose
+from moestro.ops.expert_mlp.problem import Spec
 from moestro.testing.compare import assert_close
 from moestro.testing.experts import plan_for
 
@@ -85,6 +87,23 @@ def test_substituted_weights(name: str) -> None:
         with torch.no_grad():
             want = bank.mixture(units, choices)
             assert_close("y", other.mixture(units, choices, weights=own), want, 1e-6)
+
+
+@pytest.mark.parametrize("config", [Gated(width=9, deterministic=True), MLP(width=9, bias=True, deterministic=True)])
+def test_deterministic_banks(config: Experts) -> None:
+    """A unit comes out bitwise equal alone and in a batch, or one line says that nothing here promises it."""
+    bank = config.build(dim=D, num_experts=E)
+    x, plan = torch.randn(T, D), plan_for(T, E, 2)
+    spec = Spec(device="cpu", dtype=torch.float32, rows=2, dim=D, width=9, experts=E, deterministic=True)
+    with torch.no_grad():
+        if not any(b.supported(spec)[0] for b in choose.BACKENDS):
+            with pytest.raises(UserError, match=r"^deterministic=True: nothing here promises it[^\n]*$"):
+                bank.mixture(x, plan)
+            return
+        whole = bank.mixture(x, plan)
+        for t in range(T):
+            alone = dataclasses.replace(plan, expert=plan.expert[t : t + 1], weight=plan.weight[t : t + 1])
+            assert torch.equal(bank.mixture(x[t : t + 1], alone), whole[t : t + 1])
 
 
 class Calls:
