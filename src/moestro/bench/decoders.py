@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import native
+from ..ops.packed import Kind, Packed, bytes_of, pack, packed_few
 from .layers import our_bank, plan_of
 from .peers import Absent, transformers_experts
 from .problem import Shape, Weights, plain_loop
@@ -21,8 +22,7 @@ __all__ = ["KINDS", "OURS", "Maker", "Step", "makers"]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # x [1, D], expert [1, K], weight [1, K] -> y [1, D]
 
 OURS = "moestro fp32"
-KINDS = ("bf16", "int8", "int4")
-BITS = {"fp32": 32.0, "bf16": 16.0, "int8": 8.5, "int4": 4.5}  # a value, with its share of the block's fp16 scale
+KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,21 @@ class Maker:
 
     build: Callable[[], list[Step]]
     shape: Shape
-    kind: str = "fp32"
+    kind: Kind | Literal["fp32"] = "fp32"
     compiled: bool = False
     reader: bool = False
 
     def bytes_per_layer(self) -> int:
         """Of weights that one token touches."""
-        return round(self.shape.top_k * self.shape.expert_bytes / 32 * BITS[self.kind])
+        D, width = self.shape.dim, self.shape.width
+        if self.kind == "fp32":
+            return self.shape.top_k * self.shape.expert_bytes
+        return self.shape.top_k * (bytes_of(self.kind, (2 * width, D)) + bytes_of(self.kind, (D, width)))
 
 
 def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Maker]:
     """Name -> maker. peers: compiled ones and transformers' too."""
-    packed = {kind: _Packed(shape, shared, kind) for kind in KINDS}
+    packed = {kind: _Packed(shared, kind) for kind in KINDS}
     made = {OURS: Maker(lambda: [_ours(shape, w) for w in shared], shape)}
     for kind in KINDS:
         made[f"moestro {kind}"] = Maker(packed[kind].steps, shape, kind)
@@ -93,7 +96,6 @@ def _gathered(shared: Sequence[Weights]) -> list[Step]:
 
 def _reader(tensors: Sequence[Tensor]) -> Step:
     """Reads the chosen experts' slices of tensors [E, ...] once, with all threads: the floor of everything above."""
-    native: Any = importlib.import_module("moestro.ops.native")
     library = native.load()
     if library is None:
         raise Absent(f"no reader without C kernels: {native.reason()}")
@@ -114,24 +116,27 @@ def _reader(tensors: Sequence[Tensor]) -> Step:
 
 
 class _Packed:
-    """Banks of a kind of packed weights, made once for those who compute with them and those who read them."""
+    """Weights of one kind, packed once for those who compute with them and those who read them."""
 
-    def __init__(self, shape: Shape, shared: Sequence[Weights], kind: str) -> None:
-        self.shape, self.shared, self.kind = shape, shared, kind
-        self.made: list[Any] = []
+    def __init__(self, shared: Sequence[Weights], kind: Kind) -> None:
+        self.shared = shared
+        self.kind: Kind = kind
+        self.made: list[tuple[Packed, Packed]] = []
 
-    def banks(self) -> list[Any]:
+    def matrices(self) -> list[tuple[Packed, Packed]]:
         if not self.made:
-            try:
-                packed: Any = importlib.import_module("moestro.experts.packed")
-            except ImportError:
-                raise Absent("no packed banks here") from None
-            self.made = [packed.PackedBank(our_bank(w), self.kind) for w in self.shared]
+            self.made = [(pack(w.gate_up, self.kind), pack(w.down, self.kind)) for w in self.shared]
         return self.made
 
     def steps(self) -> list[Step]:
-        E = self.shape.experts
-        return [lambda x, expert, weight, b=b: b.mixture(x, plan_of(expert, weight, E)) for b in self.banks()]
+        return [
+            lambda x, expert, weight, first=first, down=down: packed_few(x, expert, weight, first, down)
+            for first, down in self.matrices()
+        ]
 
     def readers(self) -> list[Step]:
-        return [_reader(tuple(bank.buffers())) for bank in self.banks()]
+        made = []
+        for matrices in self.matrices():
+            tensors = [t for m in matrices for t in (m.data, m.scale) if t is not None]
+            made.append(_reader(tensors))
+        return made

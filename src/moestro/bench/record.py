@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..ops import native
 from .goals import judged
 from .machine import describe_machine, load_average, peak_memory, warn_if_busy
 from .timing import ratio, spread
@@ -27,7 +27,7 @@ def begin(what: str, device: torch.device, seed: int, rounds: int) -> dict[str, 
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "what": what,
-        "machine": describe_machine(device) | {"kernels": _kernels()},
+        "machine": describe_machine(device) | {"kernels": native.reason()},
         "load_average": {"before": load},
         "seed": seed,
         "rounds": rounds,
@@ -77,11 +77,3 @@ def compared(times: Mapping[str, Sequence[float]], ours: str, to: str) -> dict[s
 def timed(regime: Mapping[str, Any]) -> dict[str, list[float]]:
     """Contender -> seconds per round, of those that were timed."""
     return {name: row["seconds"] for name, row in regime["rows"].items() if "seconds" in row}
-
-
-def _kernels() -> str | None:
-    """What the C kernels say of themselves; None in a build without them."""
-    try:
-        return importlib.import_module("moestro.ops.native").reason()
-    except (ImportError, AttributeError):
-        return None
