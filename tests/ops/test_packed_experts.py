@@ -161,7 +161,7 @@ def test_fake_shapes() -> None:
     x, weight, first, down = problem("int8", 33, 31)
     args = ("int8", first.data, first.scale, down.data, down.scale, 31, "silu", True)
     torch.library.opcheck(op._FEW, (x, TABLE, weight, *args))
-    torch.library.opcheck(op._ROWS, (x, bounds(1, 0, 3, 0, 0), *args, None, None))
+    torch.library.opcheck(op._ROWS, (x, bounds(1, 0, 3, 0, 0), *args, None, None, False))
     torch.library.opcheck(op._LINEAR, (x, "int8", first.data[0], first.scale[0]))  # type: ignore[index]
 
 

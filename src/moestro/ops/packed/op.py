@@ -27,7 +27,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"packed_rows(Tensor rows, Tensor offsets, {_MATRICES}, str activation, bool gated, Tensor? first_bias, "
-    "Tensor? down_bias) -> Tensor"
+    "Tensor? down_bias, bool deterministic) -> Tensor"
 )
 _LIBRARY.define("packed_linear(Tensor x, str kind, Tensor data, Tensor? scale) -> Tensor")
 _FEW = torch.ops.moestro.packed_few.default
@@ -72,11 +72,13 @@ def packed_rows(
     gated: bool = True,
     first_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Experts on rows sorted by expert: each expert with rows is unpacked into scratch, then as `gated_mlp` or `mlp`.
 
     Shapes: rows [R, D], offsets [E+1] -> [R, D]; first and down as in `packed_few`; first_bias [E, F], down_bias [E, D]
-    for plain experts. Has no gradient: `UserError` where one is asked for, or for shapes that do not fit.
+    for plain experts. deterministic: a row does not depend, to the last bit, on which other rows there are. Has no
+    gradient: `UserError` where one is asked for, or for shapes that do not fit.
     """
     _no_gradient("packed_rows", rows)
     activation_named(activation)
@@ -86,7 +88,7 @@ def packed_rows(
     if gated and not (first_bias is None and down_bias is None):
         raise UserError("packed_rows: gated experts have no biases")
     matrices = (first.kind, first.data, first.scale, down.data, down.scale, down.inputs)
-    return _ROWS(rows, offsets, *matrices, activation, gated, first_bias, down_bias)
+    return _ROWS(rows, offsets, *matrices, activation, gated, first_bias, down_bias, deterministic)
 
 
 def packed_linear(x: Tensor, weight: Packed) -> Tensor:
@@ -162,6 +164,7 @@ def _rows(
     gated: bool,
     first_bias: Tensor | None,
     down_bias: Tensor | None,
+    deterministic: bool,
 ) -> Tensor:
     w1 = Packed(kind, first, first_scale, rows.shape[1])  # type: ignore[arg-type]
     w2 = Packed(kind, down, down_scale, width)  # type: ignore[arg-type]
@@ -174,10 +177,10 @@ def _rows(
         a, b = (kernels.unpacked(m[e]).to(rows.dtype)[None] for m in (w1, w2))
         with autocast_off(rows.device):
             if gated:
-                y[start:stop] = gated_mlp(part, a, b, ends, activation)
+                y[start:stop] = gated_mlp(part, a, b, ends, activation, deterministic=deterministic)
             else:
                 c, d = (None if m is None else m[e : e + 1].to(rows.dtype) for m in (first_bias, down_bias))
-                y[start:stop] = mlp(part, a, b, ends, activation, c, d)
+                y[start:stop] = mlp(part, a, b, ends, activation, c, d, deterministic=deterministic)
     return y
 
 
