@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from moestro.core.signals import Signals
+from moestro.dispatch import Capacity
 from moestro.experts import MLP, Experts, Gated
 from moestro.ops.expert_mlp import FEW
+from moestro.routers.examples import examples as router_examples
 from moestro.testing.compare import assert_close
 
 from .layer_cases import D, build, tokens
@@ -58,6 +60,15 @@ def test_training(experts: Experts, dtype: torch.dtype, backend: str, padded: bo
     assert set(got) == set(want)
     for name, value in want.items():
         assert_close(name, got[name].float(), value, 1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_tables_of_a_fixed_size() -> None:
+    """The capacity exchange, where a dropped choice makes the number of rows depend on data."""
+    router = router_examples()["capacity"]
+    layer, x = build(router=router, exchange=Capacity()), tokens()
+    got = train(layer, torch.compile(step, fullgraph=True, backend="aot_eager"), x)
+    for name, value in train(layer.double(), step, x.double()).items():
+        assert_close(name, got[name], value, 1e-5)
 
 
 @pytest.mark.parametrize(("T", "dtype"), [(1, torch.float32), (FEW + 1, torch.bfloat16)])

@@ -167,3 +167,16 @@ def test_only_what_is_asked_for() -> None:
     combine(out, weight, index).sum().backward()
     assert weight.grad is not None
     assert not combine(out, weight.detach(), index).requires_grad
+
+
+@pytest.mark.parametrize("name", ["top2", "ragged", "no rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_that_a_compiler_sees(name: str, dtype: torch.dtype) -> None:
+    index = rows(every_plan()[name])
+    R = index.unit.shape[0]
+    out, grad = randn(R, 5, dtype=dtype), randn(index.num_units, 5, dtype=dtype)
+    ops = torch.ops.moestro
+    for weight in (None, rand(*index.inverse.shape)):
+        torch.library.opcheck(ops.sum_rows.default, (out, weight, index.inverse))
+    torch.library.opcheck(ops.scaled_rows.default, (grad, index.unit, rand(R), dtype))
+    torch.library.opcheck(ops.row_dots.default, (out, grad, index.unit))

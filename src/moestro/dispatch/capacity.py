@@ -103,9 +103,8 @@ def padded_index(index: Rows) -> tuple[Tensor, Rows]:
 
 def _follow(inverse: Tensor, place: Tensor) -> Tensor:
     """The place of each choice's row, -1 = no row."""
-    if not place.numel():
-        return inverse
-    return torch.where(inverse >= 0, place[inverse.clamp_min(0)], inverse)
+    padded = torch.cat([place, place.new_full((1,), -1)])  # the last place is that of -1
+    return padded[inverse]
 
 
 def _check(rank: Tensor, capacity: int) -> None:
