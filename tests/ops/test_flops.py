@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moestro.core.plan import Plan
 from moestro.ops.cross_entropy import cross_entropy
-from moestro.ops.expert_mlp import gated_mlp, mlp
+from moestro.ops.expert_mlp import gated_few, gated_mixture, gated_mlp, mlp
 from moestro.ops.grouped import grouped_linear
+from moestro.ops.rows import rows
 from ops.ops_cases import bounds, randn
 
 COUNTS = (5, 0, 9, 3)
@@ -54,6 +56,21 @@ def test_mlp() -> None:
     once = 2 * R * D * 2 * F
     tensors = randn(R, D), randn(E, F, D), randn(E, D, F), randn(E, F), randn(E, D)
     assert count(lambda r, u, d, a, b: mlp(r, u, d, OFFSETS, "gelu", a, b), *tensors) == (once, 2 * once)
+
+
+def test_mixture() -> None:
+    """The gradient of the combine weights costs no product; gradients that nobody wants cost nothing."""
+    plan = Plan(expert=torch.tensor([[0, 2], [2, -1], [3, 2]]), weight=torch.rand(3, 2), num_experts=E)
+    index, rows_made = rows(plan), 5
+    once = 2 * rows_made * D * 3 * F
+    tensors = randn(3, D), plan.weight, randn(E, 2 * F, D), randn(E, D, F)
+    assert count(lambda x, w, u, d: gated_mixture(x, w, index, u, d), *tensors) == (once, 2 * once)
+    x, weight, up, down = (t.detach() for t in tensors)
+    got = count(lambda x: gated_mixture(x, weight, index, up, down), x)
+    assert got == (once, once)  # frozen experts: the way back through each matrix
+    with FlopCounterMode(display=False) as few, torch.no_grad():
+        gated_few(x, plan.expert[:1], weight[:1], up, down)
+    assert few.get_total_flops() == 2 * 2 * D * 3 * F
 
 
 def test_cross_entropy() -> None:
