@@ -133,7 +133,7 @@ def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pyt
     assert isinstance(asked["run"], TrainRun)
     assert (asked["run"].seed, asked["rounds"], asked["steps"]) == (5, 2, None)
     assert asked["against"] == ("grouped_mm", "grouped_mm compiled", "batched_mm", "eager")
-    for part in ("sparse", "dense twin", "not run: not here", "gradients differ", "peak memory", "times as fast as"):
+    for part in ("sparse", "dense twin", "not timed, not here", "gradients differ", "peak memory", "times as fast as"):
         assert part in err
 
 

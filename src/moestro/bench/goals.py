@@ -33,6 +33,11 @@ class Goal:
 _GROUPED = "transformers grouped_mm"
 _BIG = "forward + backward, T 4096 D 512 F 256 E 64 K 8"
 _SMALL = "D 512 F 256 E 32 K 4"
+_MODELS = {  # on a GPU
+    "OLMoE": "D 2048 F 1024 E 64 K 8",
+    "Qwen3-30B-A3B": "D 2048 F 768 E 128 K 8",
+    "Mixtral": "D 4096 F 14336 E 8 K 2",
+}
 
 GOALS: tuple[Goal, ...] = (
     Goal("layer", f"forward, T 64 {_SMALL}", "moestro", _GROUPED, at_least=2.5),
@@ -43,6 +48,12 @@ GOALS: tuple[Goal, ...] = (
     Goal("layer", f"forward + backward, T 2048 {_SMALL}", "moestro", _GROUPED, at_least=1.2),
     Goal("layer", f"forward + backward, T 1 {_SMALL}", "moestro, touched experts only", "loop, unbind", at_least=8.0),
     Goal("layer", _BIG, "moestro", "dense, width K*F", at_most=1.2),
+    *(
+        Goal("layer", f"{kind}, T 16384 {sizes} bfloat16", "moestro", peer, at_least=least)
+        for sizes in _MODELS.values()
+        for kind in ("forward", "forward + backward")
+        for peer, least in (("dense products, width K*F", 0.75), (_GROUPED, 1.1))
+    ),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro fp32", _GROUPED, at_least=4.0),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro fp32", "read once, fp32", at_most=1.35),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro int4", "read once, int4", at_most=3.5),

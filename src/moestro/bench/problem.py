@@ -97,18 +97,18 @@ def plain_loop(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down:
 
 
 def reference(given: Inputs, shared: Weights, backward: bool) -> Answer:
-    """The answer, by the plain loop in float64 on the CPU, on the very values that contenders get."""
+    """The answer, by the plain loop in float64, on the very values that contenders get."""
     leaves = {
         "x": given.x,
         "weight": given.weight,
         "gate_up": shared.gate_up,
         "down": shared.down,
     }
-    leaves = {name: t.detach().to("cpu", torch.float64).requires_grad_(backward) for name, t in leaves.items()}
-    y = plain_loop(leaves["x"], given.expert.cpu(), leaves["weight"], leaves["gate_up"], leaves["down"])
+    leaves = {name: t.detach().double().requires_grad_(backward) for name, t in leaves.items()}
+    y = plain_loop(leaves["x"], given.expert, leaves["weight"], leaves["gate_up"], leaves["down"])
     if not backward:
         return Answer(y, {})
-    y.backward(given.grad.to("cpu", torch.float64))
+    y.backward(given.grad.double())
     return Answer(y.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
 
 

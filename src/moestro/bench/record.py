@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ def begin(what: str, device: torch.device, seed: int, rounds: int) -> dict[str, 
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "what": what,
+        "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "machine": describe_machine(device) | {"kernels": native.reason()},
         "load_average": {"before": load},
         "seed": seed,

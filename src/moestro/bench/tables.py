@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Table", "goals_table", "markdown", "notes", "regime_tables"]
+__all__ = ["Table", "about", "goals_table", "markdown", "notes", "regime_tables", "train_table"]
 
 Record = Mapping[str, Any]
 
@@ -22,7 +22,10 @@ class Table:
 
 
 def regime_tables(record: Record, routings: Sequence[str] | None = None) -> list[Table]:
-    """A table per kind of regime, shape and routing (of those in `routings`), numbers of tokens side by side."""
+    """A table per kind of regime, shape and routing (of those in `routings`), numbers of tokens side by side; one table
+    of a record of training."""
+    if "tokens_per_step" in record:
+        return [train_table(record)]
     groups: dict[str, list[tuple[str, Record]]] = {}
     for name, regime in record["regimes"].items():
         kind, routing = regime["kind"], regime.get("routing", "")
@@ -96,6 +99,44 @@ def notes(regimes: Sequence[tuple[str, Record]]) -> tuple[str, ...]:
     several = len(regimes) > 1
     lines = [f"{line} ({', '.join(columns)})" if several else line for line, columns in said.items()]
     return (*lines, *(f"{name}: compilation took {' + '.join(s)} s, not counted" for name, s in compiled.items()))
+
+
+def train_table(record: Record) -> Table:
+    """Speed of whole steps and the time of their parts."""
+    rows, said = [], []
+    for name, row in record["rows"].items():
+        if "absent" in row:
+            said.append(f"{name}: not timed, {row['absent']}")
+        elif not row.get("agrees", True):
+            said.append(f"{name}: not timed, its gradients differ ({row['where']}: {row['worst']})")
+        if "tokens_per_second" not in row:
+            rows.append((name, *["-"] * 7))
+            continue
+        speed = row["tokens_per_second"]
+        parts = (f"{1e3 * row[f'{part}_seconds']:.1f}" for part in ("step", "experts", "attention", "rest"))
+        same = f"{row['worst']:.0e}" if "worst" in row else ""
+        speeds = (f"{speed['median']:.0f} ({speed['low']:.0f} to {speed['high']:.0f})", f"{speed['most']:.0f}")
+        rows.append((name, *speeds, *parts, same))
+    said.append(
+        "experts: forward and backward of the feed-forward layers, router included, timed apart; attention likewise; "
+        "rest: the remainder of the step"
+    )
+    columns = ("", "tokens/s", "fastest", "step ms", "experts ms", "attention ms", "rest ms", "gradients differ by")
+    return Table(f"Training speed of {record['name']}, seed {record['seed']}", columns, tuple(rows), tuple(said))
+
+
+def about(record: Record) -> str:
+    """Where and how a record was made, in one paragraph."""
+    machine, load, memory = record["machine"], record["load_average"], record["peak_memory"]
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+    before, after = (f"{load[when][0]:.1f}" if load[when] else "unknown" for when in ("before", "after"))
+    peaks = ", ".join(f"of the {who} {size / 2**30:.1f} GiB" for who, size in memory.items())
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instruction_set']}, {machine.get('accelerator', machine['device'])}; {versions}; kernels: {machine['kernels']}; "
+        f"{record['rounds']} rounds, {record['when']}; load average {before} before, {after} after; "
+        f"peak memory {peaks}"
+    )
 
 
 def goals_table(records: Iterable[Record]) -> Table:

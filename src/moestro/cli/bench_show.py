@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..bench.tables import Table, goals_table
-from .style import print_table, size
+from ..bench.tables import Table, about, goals_table
+from .style import print_table
 
 __all__ = ["footer", "print_goals", "print_json", "say", "show", "write"]
 
@@ -33,16 +33,7 @@ def print_goals(stream: TextIO, record: Mapping[str, Any]) -> None:
 
 def footer(stream: TextIO, record: Mapping[str, Any]) -> None:
     """Machine, versions, load and memory."""
-    machine, load, memory = record["machine"], record["load_average"], record["peak_memory"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
-    before, after = (load[when][0] if load[when] else "unknown" for when in ("before", "after"))
-    print(
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instruction_set']}, {machine['device']}; {versions}; kernels: {machine['kernels']}; "
-        f"load average {before} before, {after} after; peak memory of the process {size(memory['process'])}"
-        + (f", of the accelerator {size(memory['accelerator'])}" if "accelerator" in memory else ""),
-        file=stream,
-    )
+    print(about(record), file=stream)
 
 
 def write(out: Path | None, record: Mapping[str, Any]) -> None:

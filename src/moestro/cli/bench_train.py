@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, TextIO
 
 import tyro
 
+from ..bench.tables import regime_tables
 from ..train.presets import DEFAULT
-from .bench_show import footer, print_goals, print_json, say, write
+from .bench_show import footer, print_goals, print_json, say, show, write
 from .find import find
 from .override import override
 from .parse import Settings, parse
-from .style import count, print_table
 
 __all__ = ["main"]
 
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> int:
     say("")
     write(options.out, record)
     stream = sys.stderr if options.json else sys.stdout
-    _show(stream, options.preset, record)
+    _show(stream, record)
     print_goals(stream, record)
     footer(stream, record)
     if options.json:
@@ -72,13 +72,9 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
-    print_table(
-        stream,
-        f"Training speed of {name}, {count(record['parameters'])} parameters, seed {record['seed']}",
-        ["", "tokens/s", "quartiles", "fastest", "step ms", "experts ms", "attention ms", "rest ms", "same step"],
-        [[who, *_cells(row)] for who, row in record["rows"].items()],
-    )
+def _show(stream: TextIO, record: dict[str, Any]) -> None:
+    for table in regime_tables(record):
+        show(stream, table)
     for to, r in record["ratios"].items():
         print(
             f"sparse is {r['median']:.3f} times as fast as {to} "
@@ -86,20 +82,3 @@ def _show(stream: TextIO, name: str, record: dict[str, Any]) -> None:
             f"fastest turns {r['fastest']:.3f})",
             file=stream,
         )
-    print(
-        "experts: forward and backward of the feed-forward layers, router included, timed apart; attention likewise; "
-        "rest: the remainder of the step",
-        file=stream,
-    )
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    if "absent" in row:
-        return [f"not run: {row['absent']}", *[""] * 7]
-    if not row.get("agrees", True):
-        return [f"not run: its gradients differ ({row['where']}: {row['worst']})", *[""] * 7]
-    speed = row["tokens_per_second"]
-    parts = [f"{1000 * row[f'{part}_seconds']:.1f}" for part in ("step", "experts", "attention", "rest")]
-    same = f"{row['worst']:.0e}" if "worst" in row else ""
-    speeds = [f"{speed['median']:.0f}", f"{speed['low']:.0f}..{speed['high']:.0f}", f"{speed['most']:.0f}"]
-    return [*speeds, *parts, same]
