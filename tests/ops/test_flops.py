@@ -69,7 +69,7 @@ def test_mixture() -> None:
     got = count(lambda x: gated_mixture(x, weight, index, up, down), x)
     assert got == (once, once)  # frozen experts: the way back through each matrix
     with FlopCounterMode(display=False) as few, torch.no_grad():
-        gated_few(x, plan.expert[:1], weight[:1], up, down)
+        gated_few(x[:1], plan.expert[:1], weight[:1], up, down)
     assert few.get_total_flops() == 2 * 2 * D * 3 * F
 
 
