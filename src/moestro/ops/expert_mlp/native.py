@@ -25,7 +25,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "unit", "offsets", "weight", "inverse", "slot")),
         *((name, ctypes.c_void_p) for name in ("first", "down", "first_bias", "down_bias", "widths")),
         *((name, ctypes.c_int64) for name in "TRKEDF"),
-        *((name, ctypes.c_int) for name in ("activation", "gated", "threads")),
+        *((name, ctypes.c_int) for name in ("activation", "gated", "ordered", "threads")),
         *((name, ctypes.c_void_p) for name in ("out", "y", "hidden", "grad", "d_hidden", "kept", "dots")),
         *((name, ctypes.c_void_p) for name in ("d_x", "d_weight", "d_first", "d_down", "d_first_bias", "d_down_bias")),
         ("scratch", ctypes.c_void_p),
@@ -114,6 +114,7 @@ class _Prepared:
             F=p.width,
             activation=_CODES[p.activation],
             gated=p.gated,
+            ordered=p.deterministic,
             threads=torch.get_num_threads(),
         )
         for name in ("x", "unit", "offsets", "weight", "inverse", "slot", "first", "down", "first_bias", "down_bias"):

@@ -17,7 +17,7 @@ typedef struct {
     const float *first, *down, *first_bias, *down_bias;
     const int64_t *widths;
     int64_t T, R, K, E, D, F;
-    int activation, gated, threads;
+    int activation, gated, ordered, threads; /* ordered: no row depends on the others to the last bit */
     /* results, 0 = not wanted. out [R, D] (scratch for a mixture), y [T, D], hidden [R, G F] */
     float *out, *y, *hidden;
     /* backward: grad [T, D], d_hidden [R, G F] and kept [R, F] are scratch, dots [R] too */
@@ -141,10 +141,10 @@ static void forward_task(const problem_t *p, int64_t e, int64_t r, int64_t m, fl
         int64_t n = least(BLOCK, m - i);
         const float *in = gathered(p->x, p->unit, r + i, n, D, x);
         float *to = p->hidden ? p->hidden + (r + i) * ld : pre;
-        product(to, ld, in, D, w.first, D, 1, n, G * F, D, column);
+        product(to, ld, in, D, w.first, D, 1, n, G * F, D, p->ordered, column);
         add_bias(to, ld, w.first_bias, n, F);
         activate(p->activation, p->gated, h, to, ld, n, F);
-        product(p->out + (r + i) * D, D, h, F, w.down, w.down_ld, w.turned, n, D, F, column);
+        product(p->out + (r + i) * D, D, h, F, w.down, w.down_ld, w.turned, n, D, F, p->ordered, column);
         add_bias(p->out + (r + i) * D, D, w.down_bias, n, D);
     }
 }
@@ -331,7 +331,7 @@ static void rows_task(const problem_t *p, int64_t e, int64_t r, int64_t m, float
         int64_t n = least(BLOCK, m - i);
         const float *grad = gathered(p->grad, p->unit, r + i, n, D, g);
         float *d_pre = p->d_hidden + (r + i) * ld;
-        product(dh, F, grad, D, w.down, w.down_ld, !w.turned, n, F, D, column);
+        product(dh, F, grad, D, w.down, w.down_ld, !w.turned, n, F, D, p->ordered, column);
         for (int64_t j = 0; j < n; j++) {
             int64_t at = r + i + j;
             float weight = p->weight ? p->weight[p->unit[at] * p->K + p->slot[at]] : 1.0f;
@@ -341,7 +341,7 @@ static void rows_task(const problem_t *p, int64_t e, int64_t r, int64_t m, float
                 p->dots[at] = found + (w.down_bias ? dot(grad + j * D, w.down_bias, D) : 0.0f);
         }
         if (p->out)
-            product(p->out + (r + i) * D, D, d_pre, ld, w.first, D, 0, n, D, G * F, column);
+            product(p->out + (r + i) * D, D, d_pre, ld, w.first, D, 0, n, D, G * F, p->ordered, column);
     }
 }
 

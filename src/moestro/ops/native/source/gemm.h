@@ -2,7 +2,7 @@
  *
  * Every entry of a result is one chain of fused multiply-adds over the inner axis, from its first entry to its last,
  * whatever the other rows, columns and threads are: results do not depend, to the last bit, on what else is computed.
- * (An inner axis in chunks continues the chain in memory.)
+ * (An inner axis in chunks continues the chain in memory.) The exception is `few_rows`, which sums lane by lane.
  */
 #ifndef MOESTRO_GEMM_H
 #define MOESTRO_GEMM_H
@@ -16,6 +16,9 @@
 #define MR 6
 #endif
 #define NR (2 * VW)
+#define FEW 8      /* rows whose dot products are taken together */
+#define AHEAD 12    /* columns that are asked for before they are needed */
+#define TURNING 16 /* rows up to which turning a matrix costs more than it saves */
 #define INLINE static inline __attribute__((always_inline))
 
 /* c[M, NR] = or += a b over K. a[i, k] = a[i * ars + k * acs], b[k, j] = b[k * NR + j]; c has rows of ldc.
@@ -194,10 +197,84 @@ static void strip(float *to, const float *b, int64_t ldb, int turned, int64_t K,
             to[k * NR + i] = i < n ? b[i * ldb + k] : 0.0f;
 }
 
-/* c[m, N] = a[m, K] b[K, N]; a and c have rows of lda and ldc; b as in `strip`. scratch: K * NR floats. */
-static void product(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int turned,
-                    int64_t m, int64_t N, int64_t K, float *scratch)
+/* c[M, n] = a[M, K] b[n, K]^T by dot products along K: b is read once, in its order, and not turned. */
+INLINE void dots(const int M, const int n, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
+                 float *c, int64_t ldc)
 {
+    vf acc[FEW][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++)
+            acc[i][j] = v_set(0);
+    int64_t k = 0;
+    for (; k + VW <= K; k += VW) {
+        vf x[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < n; j++) {
+            x[j] = v_load(b + j * ldb + k);
+            __builtin_prefetch(b + (j + AHEAD) * ldb + k);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            vf y = v_load(a + i * lda + k);
+#pragma GCC unroll 4
+            for (int j = 0; j < n; j++)
+                acc[i][j] = v_fma(y, x[j], acc[i][j]);
+        }
+    }
+    if (k < K)
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < n; j++)
+                acc[i][j] = v_fma(v_load_n(a + i * lda + k, K - k), v_load_n(b + j * ldb + k, K - k), acc[i][j]);
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < n; j++)
+            c[i * ldc + j] = v_sum(acc[i][j]);
+}
+
+#ifdef __AVX512F__
+#define BESIDE(M) ((M) > 6 ? 3 : 4) /* columns at once: so many sums fit the registers */
+#else
+#define BESIDE(M) ((M) > 4 ? 1 : (M) > 2 ? 2 : 4)
+#endif
+#define DOTS(M)                                                                                                        \
+    case M:                                                                                                            \
+        for (; j + BESIDE(M) <= N; j += BESIDE(M))                                                                     \
+            dots(M, BESIDE(M), K, a, lda, b + j * ldb, ldb, c + j, ldc);                                               \
+        for (; j < N; j++)                                                                                             \
+            dots(M, 1, K, a, lda, b + j * ldb, ldb, c + j, ldc);                                                       \
+        break;
+
+/* c[m, N] = a[m, K] b[N, K]^T for at most FEW rows: bound by reading b. */
+static void few_rows(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t m,
+                     int64_t N, int64_t K)
+{
+    int64_t j = 0;
+    switch (m) {
+        DOTS(1)
+        DOTS(2)
+        DOTS(3)
+        DOTS(4)
+        DOTS(5)
+        DOTS(6)
+        DOTS(7)
+        DOTS(8)
+    }
+}
+
+/* c[m, N] = a[m, K] b[K, N]; a and c have rows of lda and ldc; b as in `strip`. scratch: K * NR floats.
+ * ordered: not by `few_rows`, however few there are. */
+static void product(float *c, int64_t ldc, const float *a, int64_t lda, const float *b, int64_t ldb, int turned,
+                    int64_t m, int64_t N, int64_t K, int ordered, float *scratch)
+{
+    if (turned && m <= TURNING && !ordered) { /* some columns at a time, so that b comes from memory once */
+        int64_t parts = (m + FEW - 1) / FEW, each = (m + parts - 1) / parts;
+        for (int64_t j = 0; j < N; j += NR)
+            for (int64_t i = 0; i < m; i += each)
+                few_rows(c + i * ldc + j, ldc, a + i * lda, lda, b + j * ldb, ldb, least(each, m - i),
+                         least(NR, N - j), K);
+        return;
+    }
     for (int64_t j = 0; j < N; j += NR) {
         int64_t n = least(NR, N - j), ld = NR;
         const float *block = scratch;

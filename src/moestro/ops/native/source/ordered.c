@@ -14,7 +14,7 @@ void moestro_ordered(float *c, const float *a, const float *b, int turned, int64
         float *own = scratch + omp_get_thread_num() * K * NR;
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < m; i += BLOCK)
-            product(c + i * N, N, a + i * K, K, b, turned ? K : N, turned, least(BLOCK, m - i), N, K, own);
+            product(c + i * N, N, a + i * K, K, b, turned ? K : N, turned, least(BLOCK, m - i), N, K, 1, own);
     }
 }
 
