@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,8 @@ class CapacityLimit(LimitStep):
         T, K = expert.shape
         groups = groups_of(signals, expert, self.per)
         limit = share(factor, groups.size * K, self.num_experts, up=True).clamp_min(self.least)
-        most = min(max(share(factor, groups.most * K, self.num_experts, up=True), self.least), groups.most)
+        wide: Any = torch.sym_max(share(factor, groups.most * K, self.num_experts, up=True), self.least)
+        most: Any = torch.sym_min(wide, groups.most)  # these are max and min, for numbers that a compiler does not know
         room = Room(groups.of, limit, most, self.num_experts)
 
         takes_part = (expert >= 0) & (expert < self.num_experts)
@@ -46,7 +49,9 @@ class CapacityLimit(LimitStep):
         place = serve(room.bucket(expert, takes_part), self.priority.order(expert, scores))
         fits = room.fits(place) | ~takes_part
         kept = fits if kept is None else fits & kept
-        capacity = most if self.per == "batch" else min(T, int(torch.minimum(limit, groups.size).sum()))
+        capacity: Any = most
+        if self.per != "batch":
+            capacity = torch.sym_min(T, torch.minimum(limit, groups.size).sum().item())
         moved = self.priority.recycle(expert, kept, takes_part, room, scores, signals.seed)
         if moved is None:
             return Limited(expert, kept, capacity)

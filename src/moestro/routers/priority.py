@@ -42,7 +42,7 @@ class Room(NamedTuple):
 
     def fits(self, place: Tensor) -> Tensor:
         """[T, K] bool: whether a place in its bucket (from 0) is inside the limit of the unit's group."""
-        return place < self.limit[self.group][:, None] if self.limit.numel() else torch.zeros_like(place).bool()
+        return place < self.limit[self.group][:, None]
 
 
 def serve(bucket: Tensor, order: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def _offers(room: Room, expert: Tensor, rows: Tensor, waiting: Tensor, order: Te
     Every group shuffles its free places; the n-th waiting choice of the group gets the n-th of them.
     """
     G, E, C = room.limit.shape[0], room.num_experts, room.most
-    if C == 0 or G == 0:
+    if C == 0:
         return torch.full_like(expert, -1)
     taken = torch.zeros(G * E + 1, dtype=torch.int64, device=expert.device)
     bucket = room.bucket(expert, rows).reshape(-1)

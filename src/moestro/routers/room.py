@@ -25,19 +25,40 @@ class Groups(NamedTuple):
 
 
 def groups_of(signals: Signals, like: Tensor, per: str) -> Groups:
-    """The units of the batch as one group, or as one group per segment that has a valid unit (looks at values)."""
+    """The units of the batch as one group, or as one group per segment that has a valid unit (looks at values; where
+    no unit is valid, one group of nobody)."""
     T, device = like.shape[0], like.device
     valid = signals.valid
     if per == "batch":
         whole = torch.tensor(T, device=device) if valid is None else valid.sum()
         return Groups(torch.zeros(T, dtype=torch.int64, device=device), whole.view(1), T, 1)
     assert signals.segment is not None
-    segment = signals.segment.to(torch.int64)
+    of, size = torch.ops.moestro.groups_of_segments(signals.segment, valid)
+    return Groups(of, size, size.max().item(), size.shape[0])  # type: ignore[arg-type]
+
+
+_LIBRARY = torch.library.Library("moestro", "FRAGMENT")
+_LIBRARY.define("groups_of_segments(Tensor segment, Tensor? valid) -> (Tensor of, Tensor size)")
+
+
+def _groups(segment: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(group of each unit [T], valid units in each [count]). An op, because the count is read from the data."""
+    segment = segment.to(torch.int64)
     found = torch.unique(segment if valid is None else segment[valid])
-    of = torch.searchsorted(found, segment).clamp_max(max(found.shape[0] - 1, 0))
+    if not found.numel():
+        found = segment.new_zeros(1)
+    of = torch.searchsorted(found, segment).clamp_max(found.shape[0] - 1)
     counted = torch.ones_like(of) if valid is None else valid.to(torch.int64)
-    size = torch.zeros_like(found).scatter_add_(0, of, counted) if found.numel() else found
-    return Groups(of, size, int(size.max()) if size.numel() else 0, found.shape[0])
+    return of, torch.zeros_like(found).scatter_add_(0, of, counted)
+
+
+_LIBRARY.impl("groups_of_segments", _groups, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("moestro::groups_of_segments")
+def _(segment: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    of = torch.empty_like(segment, dtype=torch.int64)
+    return of, of.new_empty(torch.library.get_ctx().new_dynamic_size(min=1))
 
 
 @overload

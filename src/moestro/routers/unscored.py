@@ -26,7 +26,12 @@ class LabelSelect(SelectStep):
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         expert: Tensor = getattr(signals, self.signal)
-        if expert.numel() and not expert.is_meta and (int(expert.min()) < -1 or int(expert.max()) >= self.num_ids):
+        if torch.compiler.is_compiling():  # no branch on values there, and no error of ours
+            inside = (expert >= -1) & (expert < self.num_ids)
+            torch._assert_async(
+                inside.all(), f"signals.{self.signal} names an expert that is not in -1..{self.num_ids - 1}"
+            )
+        elif expert.numel() and not expert.is_meta and (int(expert.min()) < -1 or int(expert.max()) >= self.num_ids):
             raise UserError(
                 f"signals.{self.signal} names experts {int(expert.min())}..{int(expert.max())}, "
                 f"but there are 0..{self.num_ids - 1} (-1 for none)"
