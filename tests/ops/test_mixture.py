@@ -344,6 +344,9 @@ def test_few_has_no_gradient() -> None:
         )
     with pytest.raises(UserError, match="unknown activation"):
         gated_few(x.detach(), plan.expert, plan.weight, up, down, "sine")
+    for dtype in (torch.float32, torch.float64):  # compiled and not
+        with pytest.raises(UserError, match=r"gated_few: x \[1, 8\].* do not fit"):
+            gated_few(x.detach().to(dtype), plan.expert, plan.weight, up.to(dtype), down[:, 1:].to(dtype))
 
 
 def test_few_follows_its_strides() -> None:

@@ -9,6 +9,7 @@ from ...core.errors import UserError
 from ..precision import autocast_off, operands, sum_dtype
 from .activations import activation_named
 from .few_native import few
+from .shapes import check_few
 
 __all__ = ["FEW", "FORWARD", "gated_few"]
 
@@ -28,7 +29,7 @@ def gated_few(
     """The weighted sum of each unit's gated experts, from a table of choices; for decoding.
 
     Shapes: x [T, D], expert [T, K] int64 (ids outside 0..E-1 add nothing), weight [T, K], gate_up [E, 2F, D], down
-    [E, D, F] -> [T, D]. Has no gradient: `UserError` where one is asked for.
+    [E, D, F] -> [T, D]. Raises `UserError` where a gradient is asked for (it has none) and for shapes that do not fit.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate_up, down)):
         raise UserError("gated_few has no gradient; run it under torch.no_grad, or use gated_mixture")
@@ -39,6 +40,7 @@ def gated_few(
 
 def _choose(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
     """Who computes it: the one place that other implementations are called from."""
+    check_few(x, expert, weight, gate_up, down)
     made = few(x, expert, weight, gate_up, down, activation)
     if made is not None:
         return made

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...core.errors import UserError
 from ...core.rows import Rows
 
-__all__ = ["Groups", "blocks", "check_gated", "check_mixture", "check_mlp"]
+__all__ = ["Groups", "blocks", "check_few", "check_gated", "check_mixture", "check_mlp"]
 
 
 class Groups:
@@ -69,6 +69,19 @@ def check_mixture(what: str, x: Tensor, weight: Tensor, index: Rows) -> None:
         raise UserError(f"{what}: the index is about {index.num_units} units, x has {x.shape[0]}")
     if weight.shape != index.inverse.shape:
         raise UserError(f"{what}: weight must be {list(index.inverse.shape)}, not {list(weight.shape)}")
+
+
+def check_few(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    """Raise `UserError` unless the shapes of a table of choices, its units and a gated bank fit."""
+    E, F = gate_up.shape[0], down.shape[-1]
+    T, D = x.shape if x.ndim == 2 else (-1, -1)
+    K = expert.shape[-1]
+    if gate_up.shape != (E, 2 * F, D) or down.shape != (E, D, F) or expert.shape != (T, K) or weight.shape != (T, K):
+        raise UserError(
+            f"gated_few: x {list(x.shape)}, expert {list(expert.shape)}, weight {list(weight.shape)}, gate_up "
+            f"{list(gate_up.shape)} and down {list(down.shape)} do not fit; wanted [T, D], [T, K], [T, K], [E, 2F, D] "
+            "and [E, D, F]"
+        )
 
 
 def _check(
