@@ -122,6 +122,9 @@ def test_record(record: dict[str, Any]) -> None:
         assert row["milliseconds"]["least"] == pytest.approx(1e3 * min(row["seconds"]))
     assert regime["rows"]["dense, width E*F"]["bar"]
     assert set(record["regimes"][f"forward, T 8 {sizes}, balanced"]["rows"]["moestro"]["errors"]) == {"y"}
+    touched = record["regimes"][f"forward + backward, T 1 {sizes}, balanced"]["rows"]["moestro, touched experts only"]
+    assert set(touched["errors"]) == {"y", "x", "weight", "gate_up", "down"}
+    assert len(touched["seconds"]) == 2
     router = record["regimes"][f"router, T 8 {sizes}"]["rows"]
     assert router["moestro router"]["errors"]["differing"] == 0
 

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..experts.packed import PackedBank
 from ..ops import native
-from ..ops.packed import Kind, Packed, bytes_of, pack, packed_few
+from ..ops.packed import Kind, bytes_of
 from .layers import our_bank, plan_of
 from .peers import Absent, transformers_experts
 from .problem import Shape, Weights, plain_loop
@@ -45,8 +46,8 @@ class Maker:
 
 def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Maker]:
     """Name -> maker. peers: compiled ones and transformers' too."""
-    packed = {kind: _Packed(shared, kind) for kind in KINDS}
-    made = {OURS: Maker(lambda: [_ours(shape, w) for w in shared], shape)}
+    packed = {kind: _Packed(shape, shared, kind) for kind in KINDS}
+    made = {OURS: Maker(lambda: [_bank(our_bank(w), shape) for w in shared], shape)}
     for kind in KINDS:
         made[f"moestro {kind}"] = Maker(packed[kind].steps, shape, kind)
     made["read once, fp32"] = Maker(lambda: [_reader((w.gate_up, w.down)) for w in shared], shape, reader=True)
@@ -67,8 +68,7 @@ def makers(shape: Shape, shared: Sequence[Weights], peers: bool) -> dict[str, Ma
     return made
 
 
-def _ours(shape: Shape, w: Weights) -> Step:
-    bank = our_bank(w)
+def _bank(bank: Any, shape: Shape) -> Step:
     return lambda x, expert, weight: bank.mixture(x, plan_of(expert, weight, shape.experts))
 
 
@@ -116,27 +116,20 @@ def _reader(tensors: Sequence[Tensor]) -> Step:
 
 
 class _Packed:
-    """Weights of one kind, packed once for those who compute with them and those who read them."""
+    """Banks with weights of one kind, made once for those who compute with them and those who read them."""
 
-    def __init__(self, shared: Sequence[Weights], kind: Kind) -> None:
-        self.shared = shared
+    def __init__(self, shape: Shape, shared: Sequence[Weights], kind: Kind) -> None:
+        self.shape, self.shared = shape, shared
         self.kind: Kind = kind
-        self.made: list[tuple[Packed, Packed]] = []
+        self.made: list[PackedBank] = []
 
-    def matrices(self) -> list[tuple[Packed, Packed]]:
+    def banks(self) -> list[PackedBank]:
         if not self.made:
-            self.made = [(pack(w.gate_up, self.kind), pack(w.down, self.kind)) for w in self.shared]
+            self.made = [PackedBank(our_bank(w), self.kind) for w in self.shared]
         return self.made
 
     def steps(self) -> list[Step]:
-        return [
-            lambda x, expert, weight, first=first, down=down: packed_few(x, expert, weight, first, down)
-            for first, down in self.matrices()
-        ]
+        return [_bank(bank, self.shape) for bank in self.banks()]
 
     def readers(self) -> list[Step]:
-        made = []
-        for matrices in self.matrices():
-            tensors = [t for m in matrices for t in (m.data, m.scale) if t is not None]
-            made.append(_reader(tensors))
-        return made
+        return [_reader(list(bank.buffers())) for bank in self.banks()]

@@ -52,7 +52,9 @@ class Layer:
             leaf.grad = None
 
     def grads(self) -> dict[str, Tensor | None]:
-        return {name: leaf.grad for name, leaf in self.leaves.items()}
+        """Dense, whatever they are."""
+        found = {name: leaf.grad for name, leaf in self.leaves.items()}
+        return {name: g.to_dense() if g is not None and g.is_sparse else g for name, g in found.items()}
 
 
 Maker = Callable[[], Layer]
@@ -60,9 +62,9 @@ Maker = Callable[[], Layer]
 
 def makers(shape: Shape, shared: Weights, backward: bool, peers: bool) -> dict[str, Maker]:
     """Name -> function that builds the layer, or raises `Absent`. peers: transformers' too."""
-    made: dict[str, Maker] = {OURS: lambda: _ours(shape, shared)}
+    made: dict[str, Maker] = {OURS: lambda: _bank_layer(our_bank(shared), shape)}
     if backward and shape.tokens == 1:
-        made[TOUCHED] = lambda: _touched(shape, shared)
+        made[TOUCHED] = lambda: _bank_layer(our_bank(shared, sparse_grad=True), shape)
     made[TORCH_PATH] = lambda: _torch_path(shape, shared)
     made[LOOP] = lambda: _loop(shared)
     if peers:
@@ -75,11 +77,11 @@ def makers(shape: Shape, shared: Weights, backward: bool, peers: bool) -> dict[s
     return made
 
 
-def our_bank(shared: Weights) -> Any:
+def our_bank(shared: Weights, sparse_grad: bool = False) -> Any:
     """Our bank of gated experts on these very tensors."""
     E, D, width = shared.down.shape
     with torch.device("meta"):
-        bank = Gated(width=width).build(dim=D, num_experts=E)
+        bank = Gated(width=width, sparse_grad=sparse_grad).build(dim=D, num_experts=E)
     bank.gate_up, bank.down = nn.Parameter(shared.gate_up), nn.Parameter(shared.down)
     return bank
 
@@ -93,18 +95,6 @@ def _bank_layer(bank: Any, shape: Shape) -> Layer:
         return bank.mixture(x, plan_of(expert, weight, shape.experts))
 
     return Layer(run, {"gate_up": bank.gate_up, "down": bank.down})
-
-
-def _ours(shape: Shape, shared: Weights) -> Layer:
-    return _bank_layer(our_bank(shared), shape)
-
-
-def _touched(shape: Shape, shared: Weights) -> Layer:
-    bank = our_bank(shared)
-    if not hasattr(bank, "touched"):
-        raise Absent("banks do not offer gradients of touched experts only")
-    bank.touched = True
-    return _bank_layer(bank, shape)
 
 
 def _torch_path(shape: Shape, shared: Weights) -> Layer:

@@ -133,9 +133,9 @@ def about(record: Record) -> str:
     peaks = ", ".join(f"of the {who} {size / 2**30:.1f} GiB" for who, size in memory.items())
     return (
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instruction_set']}, {machine.get('accelerator', machine['device'])}; {versions}; kernels: {machine['kernels']}; "
-        f"{record['rounds']} rounds, {record['when']}; load average {before} before, {after} after; "
-        f"peak memory {peaks}"
+        f"{machine['instruction_set']}, {machine.get('accelerator', machine['device'])}; {versions}; "
+        f"kernels: {machine['kernels']}; {record['rounds']} rounds, {record['when']}; "
+        f"load average {before} before, {after} after; peak memory {peaks}"
     )
 
 
