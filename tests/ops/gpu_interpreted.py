@@ -23,10 +23,10 @@ from triton.runtime import interpreter
 
 from moestro.core.plan import AnyPlan, Plan
 from moestro.ops.combine import table_weight
-from moestro.ops.expert_mlp import ACTIVATIONS, naive
+from moestro.ops.expert_mlp import ACTIVATIONS, choose, gated_mixture, naive
 from moestro.ops.expert_mlp.gpu import run
 from moestro.ops.expert_mlp.gpu.blocks import Block, Blocks
-from moestro.ops.expert_mlp.problem import Grads, Problem, Wanted
+from moestro.ops.expert_mlp.problem import Grads, Problem, Spec, Wanted
 from moestro.ops.rows import rows
 from moestro.testing.compare import relative_error
 from ops import expert_cases as oracle
@@ -256,6 +256,60 @@ def promises() -> dict[str, Errors]:
     return found
 
 
+class Interpreted:
+    """The backend as the op sees it."""
+
+    NAME = "interpreted"
+
+    @staticmethod
+    def supported(spec: Spec) -> tuple[bool, str]:
+        return min(spec.rows, spec.dim, spec.width, spec.experts) > 0, ""
+
+    @staticmethod
+    def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
+        return run.forward(p, save, SMALL)
+
+    @staticmethod
+    def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted) -> Grads:
+        return run.backward(p, hidden, grad, wanted, SMALL)
+
+
+def operation() -> dict[str, Errors]:
+    """Through the registered op, as it is and compiled as one graph."""
+    choose.BACKENDS = (Interpreted,)  # type: ignore[assignment]
+    plan = topk_plan(T=9, K=2, E=3)
+    index = rows(plan)
+    given = [randn(9, 16), plan.weight, randn(3, 24, 16, seed=1), randn(3, 16, 12, seed=2)]
+
+    def layer(x: Tensor, weight: Tensor, first: Tensor, down: Tensor) -> Tensor:
+        return gated_mixture(x * 2, weight, index, first, down, "silu") + 1
+
+    theirs = [t.double().requires_grad_() for t in given]
+    want = oracle.gated_mixture(theirs[0] * 2, theirs[1], index, theirs[2], theirs[3], "silu") + 1
+    grad = randn(9, 16, seed=9)
+    want.backward(grad.double())
+    found: dict[str, Errors] = {}
+    for name, function in (
+        ("eager", layer),
+        ("compiled", torch.compile(layer, fullgraph=True, backend="aot_eager")),
+        ("expanded gradient", layer),
+        ("no gradient", layer),
+    ):
+        mine = [t.clone().requires_grad_(name != "no gradient") for t in given]
+        y = function(*mine)
+        found[name] = {"output": relative_error(y, want)}
+        if name == "expanded gradient":
+            y.sum().backward()
+            y = layer(*(again := [t.clone().requires_grad_() for t in given]))
+            y.backward(torch.ones_like(y))
+            differ = [float((a.grad != b.grad).sum()) for a, b in zip(mine, again)]  # type: ignore[operator]
+            found[name].update(zip(NAMES, differ))
+        elif name != "no gradient":
+            y.backward(grad)
+            found[name].update({n: relative_error(a.grad, b.grad) for n, a, b in zip(NAMES, mine, theirs)})  # type: ignore[arg-type]
+    return found
+
+
 if __name__ == "__main__":
-    groups = {f.__name__: f for f in (routings, kinds, shapes, dtypes, promises)}
+    groups = {f.__name__: f for f in (routings, kinds, shapes, dtypes, promises, operation)}
     print(json.dumps(groups[sys.argv[1]]()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -10,10 +11,9 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..problem import Grads, Problem, Spec, Wanted
 
-__all__ = ["backward", "forward", "gain", "supported"]
+__all__ = ["backward", "forward", "gain", "obstacle", "supported"]
 
 NAME = "triton"
-_ABSENT = "Triton is not installed" if importlib.util.find_spec("triton") is None else ""
 
 # Assumed of a GPU of capability 9.0, NOT measured: products reach this many FLOP/s in torch's grouped_mm and this share
 # of it in the kernels here (their loads are asynchronous copies, not TMA); memory moves this many bytes/s.
@@ -24,8 +24,6 @@ def supported(spec: Spec) -> tuple[bool, str]:
     """Whether this backend takes such a problem, and why (not)."""
     if spec.device != "cuda":
         return False, f"runs on a CUDA device, not on {spec.device}"
-    if _ABSENT:
-        return False, _ABSENT
     if spec.capability < (8, 0):
         return False, "needs a GPU of compute capability 8.0"
     if spec.dtype not in (torch.bfloat16, torch.float16):
@@ -38,6 +36,8 @@ def supported(spec: Spec) -> tuple[bool, str]:
         return False, "there is nothing to compute"
     if spec.rows >= 2**31 or spec.experts >= 2**12:
         return False, "counts rows in 32 bits and keeps all experts' offsets in registers"
+    if problem := obstacle():
+        return False, problem
     if not spec.deterministic and _grouped_mm_is_fast(spec):
         saved, lost = gain(spec)
         if saved < lost:
@@ -46,6 +46,20 @@ def supported(spec: Spec) -> tuple[bool, str]:
                 f"grouped_mm should be faster: {lost:.0f} ns lost in products, {saved:.0f} ns of copies saved per row",
             )
     return True, "gather, products, activation and combine in four kernels"
+
+
+@functools.cache
+def obstacle() -> str:
+    """Why Triton cannot start kernels on this machine: it, a C compiler or a writable cache is missing; or ""."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()  # compiles and loads the part in C that starts kernels
+    except Exception as problem:  # of many types, by version and cause
+        return f"Triton cannot start kernels here: {str(problem).strip().partition(chr(10))[0]}"
+    return ""
 
 
 def gain(spec: Spec) -> tuple[float, float]:

@@ -58,11 +58,18 @@ _TABLE: dict[str, Blocks] = {
         hidden=Block(64, 64, 64, 4, 3),
         outer=Block(128, 64, 64, 4, 3),
     ),
+    # Rows that start anywhere are loaded value by value: many places in registers.
+    "unaligned": Blocks(
+        first=Block(64, 64, 32, 8, 3),
+        product=Block(64, 64, 32, 4, 3),
+        hidden=Block(64, 64, 32, 8, 3),
+        outer=Block(64, 64, 32, 4, 3),
+    ),
     "float32": Blocks(
         first=Block(32, 32, 32, 4, 2),
         product=Block(32, 64, 32, 4, 2),
         hidden=Block(32, 32, 32, 4, 2),
-        outer=Block(32, 64, 32, 4, 2),
+        outer=Block(32, 64, 16, 4, 2),
     ),
 }
 
@@ -77,6 +84,8 @@ def blocks(
     """
     if dtype == torch.float32:
         size = "float32"
+    elif dim % 8 or width % 8:
+        size = "unaligned"
     elif capability[0] in (9, 10):
         size = "large"
     elif capability in ((8, 0), (8, 7)):
@@ -96,11 +105,10 @@ def blocks(
 
 
 def _fit(block: Block, rows: int, cols: int, depth: int) -> Block:
-    """The block, no larger than what there is to do; fewer warps where a program has less work."""
-    smaller = dataclasses.replace(
-        block, rows=rows, cols=min(block.cols, _power(cols)), depth=min(block.depth, _power(depth))
-    )
-    return dataclasses.replace(smaller, warps=4 if rows < block.rows or smaller.cols < block.cols else block.warps)
+    """The block, no larger than what there is to do; no more warps than 512 outputs each give work to."""
+    cols, depth = min(block.cols, _power(cols)), min(block.depth, _power(depth))
+    warps = min(block.warps, max(4, rows * cols // 512))
+    return dataclasses.replace(block, rows=rows, cols=cols, depth=depth, warps=warps)
 
 
 def _power(n: int) -> int:
