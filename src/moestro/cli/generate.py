@@ -36,8 +36,12 @@ class Options:
     """Draw from the most probable k tokens; None = from all."""
     seed: int = 0
     """Seed of the draws: the same seed gives the same text."""
-    weights: Literal["best", "last"] = "best"
+    state: Literal["best", "last"] = "best"
     """The weights that were best in validation, or those of the last state."""
+    weights: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """Bits per weight of experts, FFNs, attention and head; int8 and int4 in blocks of 32 with a scale each."""
+    measure: bool = True
+    """With packed weights: also measure the bits per byte on the validation text, before and after."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
     json: bool = False
@@ -50,7 +54,12 @@ def main(args: Sequence[str]) -> int:
     from ..serve.generate import generate
     from ..train.load import load
 
-    loaded = load(options.run, weights=options.weights, device=options.device)
+    loaded = load(options.run, state=options.state, device=options.device)
+    weights = None
+    if options.weights != "fp32":
+        from .packing import pack_loaded
+
+        weights = pack_loaded(loaded, options.weights, options.measure, sys.stderr)
     writer = Writer(loaded.tokenizer, None if options.json else sys.stdout)
     made = generate(
         loaded.model,
@@ -65,7 +74,8 @@ def main(args: Sequence[str]) -> int:
     text = writer.end()
     if options.json:
         about = {"prompt": prompt.decode(errors="replace"), "text": text, "tokens": len(made.tokens)}
-        print(json.dumps({**about, "reason": made.reason, "seed": options.seed}))
+        about |= {"reason": made.reason, "seed": options.seed}
+        print(json.dumps(about if weights is None else {**about, "weights": weights}))
     elif made.reason == "context":
         print(f"the model's context of {loaded.config.model.context} tokens is full", file=sys.stderr)
     return 0

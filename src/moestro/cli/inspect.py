@@ -43,7 +43,7 @@ class Options:
     """The most tokens to read, from the beginning."""
     seq_len: int | None = None
     """Tokens per sequence; None = as in training."""
-    weights: Literal["best", "last"] = "best"
+    state: Literal["best", "last"] = "best"
     """The weights that were best in validation, or those of the last state."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
@@ -56,7 +56,7 @@ def main(args: Sequence[str]) -> int:
     command = shlex.join(["moestro", "inspect", *args])
     from ..train.load import load
 
-    loaded = load(options.run, weights=options.weights, device=options.device)
+    loaded = load(options.run, state=options.state, device=options.device)
     name = f"{loaded.folder.resolve()}-inspect-{Path(options.data).stem or 'text'}"
     found = inspect(loaded, options.data, options.out or Path(name), options.tokens, options.seq_len, command)
     stream = sys.stderr if options.json else sys.stdout

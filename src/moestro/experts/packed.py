@@ -14,6 +14,7 @@ from ..core.plan import AnyPlan, Plan
 from ..core.rows import Rows
 from ..ops.combine import through
 from ..ops.packed import FEW, KINDS, Kind, Packed, pack, packed_few, packed_rows
+from ..ops.packed.buffers import apply_keeping, check_kinds
 from .bank import Bank, scaled
 from .gated import GatedBank
 from .mlp import MLPBank
@@ -148,21 +149,9 @@ class PackedBank(Bank):
         return getattr(self, name, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBank:
-        """Buffers go where the module goes; their dtypes are part of the format and stay."""
-        before = {n: b.dtype for n, b in self._buffers.items() if b is not None}
-        values = {n: b for n, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
-        for name, dtype in before.items():
-            now = self._buffers[name]
-            if now is not None and now.dtype != dtype:
-                self._buffers[name] = values[name].to(now.device)
+        apply_keeping(self, lambda: super(PackedBank, self)._apply(fn, recurse))
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Copying between formats would be silent nonsense: another dtype is an error, as another shape is."""
-        errors: list[str] = rest[-1]
-        for name, own in self._buffers.items():
-            given = state_dict.get(prefix + name)
-            if own is not None and isinstance(given, Tensor) and given.dtype != own.dtype:
-                errors.append(f"{prefix}{name}: {given.dtype} given, {own.dtype} wanted: weights of another kind")
+        check_kinds(self, state_dict, prefix, rest[-1])
         super()._load_from_state_dict(state_dict, prefix, *rest)

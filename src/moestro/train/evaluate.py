@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,11 +53,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Any, batches: Batches, config: TrainRun, ranks: Ranks, step: int = 0
+    model: nn.Module,
+    objective: Any,
+    batches: Batches,
+    config: TrainRun,
+    ranks: Ranks,
+    step: int = 0,
+    watch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Evaluate in evaluation mode: no parameter, router state or training count changes.
 
     Ranks take turns over the windows (rank, rank + world, ...), and their sums are added.
+    watch: called with (windows done, windows in all) of this rank.
     """
     training = model.training
     model.eval()
@@ -85,6 +92,8 @@ def evaluate(
                 routing[key.path] = routing[key.path] + made if key.path in routing else made
         if sampled is None:
             sampled = Sampled(batch=batch, starts=part, trail=outcome.trail)
+        if watch is not None:
+            watch(first + len(part), len(starts))
     model.train(training)
     said = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=ranks.device)
     nats, said, *rest = ranks.add([nats, said, *(routing[path] for path in sorted(routing))])

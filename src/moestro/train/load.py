@@ -34,8 +34,8 @@ class Loaded:
     step: int
 
 
-def load(folder: str | Path, *, weights: Literal["best", "last"] = "best", device: str = "cpu") -> Loaded:
-    """The model of a run folder (`RUN`, or its twin's `RUN/dense`). weights: best in validation, or of the last state.
+def load(folder: str | Path, *, state: Literal["best", "last"] = "best", device: str = "cpu") -> Loaded:
+    """The model of a run folder (`RUN`, or its twin's `RUN/dense`). state: best in validation, or the last one.
 
     Raises `UserError` naming the file when something is missing or damaged, and for tensors that fit no parameter or
     parameters that get no tensor.
@@ -47,11 +47,11 @@ def load(folder: str | Path, *, weights: Literal["best", "last"] = "best", devic
     layout = Layout(root)
     manifests.verify(root, manifest, ("config.json", "tokenizer.json", "corpus.json"))
     config = TrainRun.from_dict(read_json(layout.config), where=str(layout.config))
-    state = state_of(manifest.files)
-    if state is None:
+    last = state_of(manifest.files)
+    if last is None:
         raise UserError(f"{root}: nothing was saved there yet; continue the run with resume first")
-    best = weights == "best" and "model.safetensors" in manifest.files
-    path = manifests.resolve(root, manifest, "model.safetensors" if best else f"state/{state}/model.safetensors")
+    best = state == "best" and "model.safetensors" in manifest.files
+    path = manifests.resolve(root, manifest, "model.safetensors" if best else f"state/{last}/model.safetensors")
     model = config.model.build()
     load_weights(model, read_tensors(path), path)
     try:
