@@ -128,6 +128,12 @@ def test_half_precision() -> None:
     check(plan, gated(plan, 8, 12, torch.bfloat16), gated_mixture, oracle.gated_mixture, tol=1.5e-2)
 
 
+def test_float64_with_weights_in_fp32() -> None:
+    plan = ragged_plan(T=9)
+    parameters = [t.double() for t in plain(plan, 8, 12, biased=True)]
+    check(plan, parameters, mlp_mixture, oracle.mlp_mixture, "gelu", tol=1e-7)
+
+
 def test_autocast() -> None:
     plan = ragged_plan()
     index = rows(plan)

@@ -185,4 +185,5 @@ def _sum_rows_of(g: Tensor, w: Tensor | None, out: Tensor | None) -> None:
     if w is None:
         torch.sum(g, 0, out=out)
     else:
-        out.copy_(torch.mv(g.t().to(w.dtype), w))
+        dtype = torch.promote_types(g.dtype, w.dtype)
+        out.copy_(torch.mv(g.t().to(dtype), w.to(dtype)))
