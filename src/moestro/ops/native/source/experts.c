@@ -36,7 +36,7 @@ typedef struct {
 
 #define BLOCK 96   /* rows that are carried through all products together */
 #define CHUNK 1024 /* most rows of one task */
-#define WIDE 512   /* most columns of a gradient in one task: their strips stay in the second cache */
+#define WIDE 256   /* most columns of a gradient in one task: their strips stay in the second cache */
 
 /* How long a problem is, so that whoever fills one can be checked. */
 int64_t moestro_experts_problem(void) { return sizeof(problem_t); }

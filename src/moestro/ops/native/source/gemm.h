@@ -297,7 +297,7 @@ typedef struct {
 
 INLINE const float *row(rows_t m, int64_t r) { return m.base + (m.index ? m.index[r] : r) * m.ld; }
 
-#define INNER 256 /* rows of one chunk of an outer product: its strips stay in the second cache */
+#define INNER 512 /* rows of one chunk of an outer product: its strips stay in the second cache */
 
 /* c[M, N] = a^T b for the n rows of a [n, M] and b [n, N]; columns from a0 of a. Zeros if there are no rows.
  * scratch: INNER * (M + MR + NR) floats, at most. */
@@ -310,19 +310,27 @@ static void outer(float *c, int64_t ldc, rows_t a, int64_t a0, int64_t M, rows_t
     float *left = scratch, *right = scratch + INNER * (M + MR);
     for (int64_t r0 = 0; r0 < n; r0 += INNER) {
         int64_t K = least(INNER, n - r0);
-        for (int64_t i = 0; i < M; i += MR) { /* strips [K, MR] of a, one after the other */
-            int64_t m = least(MR, M - i);
-            float *to = left + i * K;
-            for (int64_t k = 0; k < K; k++, to += MR)
-                memcpy(to, row(a, r0 + k) + a0 + i, m * sizeof(float));
+        for (int64_t k = 0; k < K; k++) { /* strips [K, MR] of a, one after the other */
+            const float *from = row(a, r0 + k) + a0;
+            float *to = left + k * MR;
+            int64_t i = 0;
+            for (; i + MR <= M; i += MR, to += K * MR)
+                memcpy(to, from + i, MR * sizeof(float));
+            if (i < M)
+                memcpy(to, from + i, (M - i) * sizeof(float));
         }
         for (int64_t j = 0; j < N; j += NR) {
             int64_t w = least(NR, N - j);
             float *to = right;
             for (int64_t k = 0; k < K; k++, to += NR) {
                 const float *from = row(b, r0 + k) + j;
-                v_store(to, v_load_n(from, least(w, VW)));
-                v_store(to + VW, v_load_n(from + VW, most(w - VW, 0)));
+                if (w == NR) {
+                    v_store(to, v_load(from));
+                    v_store(to + VW, v_load(from + VW));
+                } else {
+                    v_store(to, v_load_n(from, least(w, VW)));
+                    v_store(to + VW, v_load_n(from + VW, most(w - VW, 0)));
+                }
             }
             for (int64_t i = 0; i < M; i += MR)
                 tile(least(MR, M - i), w, K, left + i * K, 1, MR, right, NR, c + i * ldc + j, ldc, r0 > 0);
