@@ -14,14 +14,13 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from moestro.ops.expert_mlp.gpu import run
 from moestro.ops.expert_mlp.gpu.blocks import Blocks
 from moestro.ops.expert_mlp.problem import Problem, Wanted
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes that one block may have
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def launches(p: Problem, sizes: Blocks) -> list[Launch]:
 
     def note(kernel: Any, grid: Any, args: tuple[Any, ...], constants: dict[str, Any], **options: int) -> None:
         assert all(n > 0 for n in grid)
-        found.append(Launch(kernel, args, constants, options))
+        found.append(Launch(kernel, args, constants, {**options, "enable_fp_fusion": True}))
 
     with mock.patch.object(run, "launch", note):
         y, hidden = run.forward(p, True, sizes)
@@ -87,26 +86,26 @@ def launches(p: Problem, sizes: Blocks) -> list[Launch]:
     return found
 
 
+class _Driver:
+    """A GPU to compile for and not to start anything on; every capability is a device of its own."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
 def compiled(launch: Launch, capability: int) -> Compiled:
-    """The kernel as it would be specialised for the launch: pointers are multiples of 16 bytes."""
-    names = launch.kernel.arg_names
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = dict(launch.constants)
-    aligned: dict[tuple[int, ...], Any] = {}
-    for i, (name, value) in enumerate(zip(names, launch.args)):
-        if isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        elif value is None:
-            constants[name] = None
-        else:
-            signature[name] = "i32"
-    signature = {name: signature.get(name, "constexpr") for name in names}
-    assert {n for n in names if signature[n] == "constexpr"} == set(constants)
-    source = ASTSource(launch.kernel, signature, constants, aligned)
-    result = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={**launch.options, "enable_fp_fusion": True}
-    )
+    """The kernel that the launch would start: bound and specialised by Triton itself, for a GPU that is not there."""
+    with mock.patch.object(driver, "_active", _Driver(capability)):
+        result = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants, **launch.options)
     cubin = result.asm["cubin"]
     registers, spilled = _resources(cubin)
     used = frozenset(re.findall(r"\b(wgmma|mma\.sync|cp\.async|tcgen05\.mma|ld\.global\S*)", result.asm["ptx"]))
