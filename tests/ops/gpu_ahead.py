@@ -108,7 +108,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         result = launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants, **launch.options)
     cubin = result.asm["cubin"]
     registers, spilled = _resources(cubin)
-    used = frozenset(re.findall(r"\b(wgmma|mma\.sync|cp\.async|tcgen05\.mma|ld\.global\S*)", result.asm["ptx"]))
+    used = frozenset(re.findall(r"\b(wgmma|mma\.sync|cp\.async\.c[ag]|tcgen05\.mma|ld\.global\S*)", result.asm["ptx"]))
     return Compiled(
         launch.kernel.__name__,
         result.metadata.num_warps,

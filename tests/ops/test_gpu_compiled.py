@@ -55,8 +55,9 @@ def test_gated_experts(capability: int) -> None:
     kernels = check(capability, rows_per_expert=2048)
     assert {k.name for k in kernels} >= PRODUCTS | {"schedule_kernel", "combine_kernel", "dots_kernel"}
     for kernel in kernels:
-        if kernel.name in PRODUCTS:  # a loop without copies in flight would wait for every load
-            assert "cp.async" in kernel.instructions, kernel
+        if kernel.name in PRODUCTS:  # a loop without copies in flight, of 16 bytes each, would wait for every load
+            assert "cp.async.cg" in kernel.instructions, kernel
+            assert "cp.async.ca" not in kernel.instructions, kernel
             assert kernel.shared > 2**16, kernel
 
 
