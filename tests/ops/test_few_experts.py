@@ -43,6 +43,8 @@ def test_against_the_oracle(level: str, size: tuple[int, int], activation: str) 
     assert_close("compiled", got, want, 1e-6)
     assert_close("torch", _by_choice(x, TABLE, weight, gate_up, down, activation), want, 1e-6)
     assert_close("op", gated_few(x, TABLE, weight, gate_up, down, activation), want, 1e-6)
+    with torch.no_grad():  # past the op
+        assert_close("function", gated_few(x, TABLE, weight, gate_up, down, activation), want, 1e-6)
     assert got is not None
     assert not got[3].any()
 
@@ -93,7 +95,9 @@ def test_nothing_to_do(level: str) -> None:
     none = few(x[:0], TABLE[:0], weight[:0], gate_up, down, "silu")
     assert none is not None
     assert none.shape == (0, 7)
-    assert not few(x, torch.full_like(TABLE, -1), weight, gate_up, down, "silu").any()
+    nobody = few(x, torch.full_like(TABLE, -1), weight, gate_up, down, "silu")
+    assert nobody is not None
+    assert not nobody.any()
 
 
 @compiles
@@ -102,7 +106,9 @@ def test_what_is_not_for_it(level: str) -> None:
     assert few(x.double(), TABLE, weight, gate_up.double(), down.double(), "silu") is None
     for wrong in ((x[:2], TABLE, weight), (x, TABLE[:, :2], weight), (x[:, :5], TABLE, weight)):
         with pytest.raises(UserError, match="do not fit"):
-            few(*wrong, gate_up, down, "silu")
+            gated_few(*wrong, gate_up, down)
+        with torch.no_grad(), pytest.raises(UserError, match="do not fit"):
+            gated_few(*wrong, gate_up, down)
 
 
 @compiles

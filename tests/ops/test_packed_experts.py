@@ -32,17 +32,23 @@ TABLE = torch.tensor([[0, 4, -1], [1, 1, 5], [2, 3, 0], [-1, 7, 9]])  # repeated
 E = 5
 
 
+def use(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = loader(level)
+    monkeypatch.setattr(kernels, "native", made)
+    monkeypatch.setattr(op, "fast", lambda x: made.load() if x.dtype == torch.float32 else None)
+
+
 @pytest.fixture(params=["none", *levels()] if CAN else ["none"])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Without the kernels, and with those for either instruction set."""
-    monkeypatch.setattr(kernels, "native", loader(request.param))
+    use(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture(params=levels())
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the kernels only."""
-    monkeypatch.setattr(kernels, "native", loader(request.param))
+    use(request.param, monkeypatch)
 
 
 def problem(kind: Kind, D: int, F: int, gated: bool = True) -> tuple[Tensor, Tensor, Packed, Packed]:

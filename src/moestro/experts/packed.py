@@ -65,11 +65,13 @@ class PackedBank(Bank):
         self.kind: Kind = kind
         self.role, self.met = source.role, source.met
         self.gated = isinstance(source, GatedBank)
+        self.biased = isinstance(source, MLPBank) and source.up_bias is not None
         self.matrices = _MATRICES[type(source)]
         self.inputs = {name: getattr(source, name).shape[-1] for name in self.matrices}
         self._cost = source.per_row()
         self._info = source.param_info()
         self._tied = {name: Tied(kind) for name in self.matrices} if mode == "live" else {}
+        self._made: dict[str, Packed] = {}
         self.train(source.training)
         if mode == "live":
             self._parameters = source._parameters  # shared: a parameter put in the place of another is seen
@@ -124,7 +126,7 @@ class PackedBank(Bank):
         return f"{super().extra_repr()}, kind={self.kind}, mode={self.mode}"
 
     def _few(self, plan: Plan) -> bool:
-        if self.config.deterministic or plan.expert.numel() > FEW or self._bias("up_bias") is not None:
+        if self.config.deterministic or plan.expert.numel() > FEW or self.biased:
             return False
         return not (torch.is_grad_enabled() and plan.weight.requires_grad)
 
@@ -143,12 +145,18 @@ class PackedBank(Bank):
     def _one(self, name: str) -> Packed:
         if self.mode == "live":
             return self._tied[name](getattr(self, name))
-        return Packed(self.kind, getattr(self, f"{name}_data"), getattr(self, f"{name}_scale", None), self.inputs[name])
+        buffers = self._buffers  # as attributes, for less of the time of a small layer
+        data, made = buffers[f"{name}_data"], self._made.get(name)
+        if made is None or made.data is not data or made.scale is not buffers.get(f"{name}_scale"):
+            assert data is not None
+            made = self._made[name] = Packed(self.kind, data, buffers.get(f"{name}_scale"), self.inputs[name])
+        return made
 
     def _bias(self, name: str) -> Tensor | None:
-        return getattr(self, name, None)
+        return getattr(self, name) if self.biased else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBank:
+        self._made.clear()
         apply_keeping(self, lambda: super(PackedBank, self)._apply(fn, recurse))
         return self
 

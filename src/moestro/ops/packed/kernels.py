@@ -9,17 +9,23 @@ from .. import native
 from ..expert_mlp.activations import ACTIVATIONS
 from .format import KINDS, Packed, unpack
 
-__all__ = ["few", "product", "unpacked"]
+__all__ = ["few", "loaded", "product", "unpacked"]
 
 _CODES = {name: number for number, name in enumerate(ACTIVATIONS)}  # the order of mathv.h
 
 
 def few(
-    x: Tensor, expert: Tensor, weight: Tensor, first: Packed, down: Packed, activation: str, gated: bool
+    library: native.Library | None,
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    first: Packed,
+    down: Packed,
+    activation: str,
+    gated: bool,
 ) -> Tensor | None:
-    """`packed_few` in C: every packed byte is read once."""
-    library = _library(x)
-    if library is None or not (_plain(first) and _plain(down)):
+    """`packed_few` in C: every packed byte is read once. Shapes must fit."""
+    if library is None or not (_plain(first) and _plain(down) and expert.is_cpu and weight.is_cpu):
         return None
     T, D = x.shape
     x = x.contiguous()
@@ -48,9 +54,8 @@ def few(
     return _done(failed, y)
 
 
-def product(x: Tensor, weight: Packed) -> Tensor | None:
+def product(library: native.Library | None, x: Tensor, weight: Packed) -> Tensor | None:
     """x [.., I] times the transposed weight [O, I], in C."""
-    library = _library(x)
     if library is None or not _plain(weight):
         return None
     O, I = weight.shape
@@ -89,14 +94,17 @@ def unpacked(packed: Packed) -> Tensor:
     return _done(failed, w)
 
 
-def _library(x: Tensor) -> native.Library | None:
+def loaded(x: Tensor) -> native.Library | None:
+    """The compiled kernels, if x is theirs."""
     return native.load() if x.is_cpu and x.dtype is torch.float32 else None
 
 
 def _plain(packed: Packed) -> bool:
     """Whether the kernels find the bytes where the tensor says."""
     scale = packed.scale
-    return packed.data.is_cpu and packed.data.is_contiguous() and (scale is None or scale.is_contiguous())
+    if not (packed.data.is_cpu and packed.data.is_contiguous()):
+        return False
+    return scale is None or (scale.is_cpu and scale.is_contiguous())
 
 
 def _done(failed: int, result: Tensor) -> Tensor:

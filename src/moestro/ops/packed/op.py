@@ -11,6 +11,7 @@ from torch.nn import functional
 from ...core.errors import UserError
 from ..expert_mlp import gated_mlp, mlp
 from ..expert_mlp.activations import activation_named
+from ..few.kernels import kernels as fast
 from ..precision import autocast_off
 from . import kernels
 from .format import Packed, unpack
@@ -50,7 +51,6 @@ def packed_few(
     gate's rows first, or [E, F, D] where not gated; down [E, D, F] -> [T, D]. Sums are fp32, k = 0..K-1. Has no
     gradient: `UserError` where one is asked for, or for shapes that do not fit.
     """
-    _no_gradient("packed_few", x, weight)
     activation_named(activation)
     _check("packed_few", x, first, down, gated)
     if expert.shape != weight.shape or expert.ndim != 2 or expert.shape[0] != x.shape[0]:
@@ -58,6 +58,12 @@ def packed_few(
             f"packed_few: expert {list(expert.shape)} and weight {list(weight.shape)} must both be [T, K] with T = "
             f"{x.shape[0]}"
         )
+    library = fast(x)
+    if library is not None:  # nobody looks on, and going through the op would cost as much as the layer
+        made = kernels.few(library, x, expert, weight, first, down, activation, gated)
+        if made is not None:
+            return made
+    _no_gradient("packed_few", x, weight)
     return _FEW(
         x, expert, weight, first.kind, first.data, first.scale, down.data, down.scale, down.inputs, activation, gated
     )
@@ -93,9 +99,13 @@ def packed_rows(
 
 def packed_linear(x: Tensor, weight: Packed) -> Tensor:
     """x w^T. Shapes: x [.., I], weight [O, I] -> [.., O]. Has no gradient: `UserError` where one is asked for."""
-    _no_gradient("packed_linear", x)
     if len(weight.shape) != 2 or x.shape[-1] != weight.inputs:
         raise UserError(f"packed_linear: weight {list(weight.shape)} does not fit x {list(x.shape)}")
+    if x.numel() <= FEW * x.shape[-1]:
+        made = kernels.product(fast(x), x, weight)
+        if made is not None:
+            return made
+    _no_gradient("packed_linear", x)
     return _LINEAR(x, weight.kind, weight.data, weight.scale)
 
 
@@ -128,7 +138,7 @@ def _few(
 ) -> Tensor:
     w1 = Packed(kind, first, first_scale, x.shape[1])  # type: ignore[arg-type]
     w2 = Packed(kind, down, down_scale, width)  # type: ignore[arg-type]
-    made = kernels.few(x, expert, weight, w1, w2, activation, gated)
+    made = kernels.few(kernels.loaded(x), x, expert, weight, w1, w2, activation, gated)
     return _by_choice(x, expert, weight, w1, w2, activation, gated) if made is None else made
 
 
@@ -186,7 +196,7 @@ def _rows(
 
 def _linear(x: Tensor, kind: str, data: Tensor, scale: Tensor | None) -> Tensor:
     weight = Packed(kind, data, scale, x.shape[-1])  # type: ignore[arg-type]
-    made = kernels.product(x, weight) if x.numel() <= FEW * x.shape[-1] else None
+    made = kernels.product(kernels.loaded(x), x, weight) if x.numel() <= FEW * x.shape[-1] else None
     if made is not None:
         return made
     with autocast_off(x.device):
