@@ -334,3 +334,20 @@ def test_precision_of_parts_under_autocast() -> None:
     exact = model.loss(x, x)[0]
     assert_close("loss", total, exact, 1e-2)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_a_routed_decoder_is_one_graph() -> None:
+    config = examples()["moe"].replace(num_layers=2)
+    model, x = config.build(), tokens(config)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits, _, trail = compiled(x)
+    want, _, plain = model(x)
+    assert_close("logits", logits, want, 1e-6)
+    assert {k: r.plan.expert.tolist() for k, r in trail.items()} == {
+        k: r.plan.expert.tolist() for k, r in plain.items()
+    }
+    given = [p for p in model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(logits.logsumexp(-1).sum() + trail.loss(), given)
+    expected = torch.autograd.grad(want.logsumexp(-1).sum() + plain.loss(), given)
+    for (name, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
+        assert_close(f"gradient of {name}", a, b, 1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.ops.few import attend_one, linears, naive, rms_norm
+from moestro.ops.few import attend_one, linear, linears, naive, rms_norm
 from moestro.ops.native import load
 from moestro.testing.compare import assert_close
 from ops.native_cases import compiles
@@ -96,6 +96,7 @@ def test_what_is_not_theirs_is_left_to_torch() -> None:
         "strided": (x, normal(16, 8).T),
         "too narrow": (x, normal(8, 15)),
     }
+    assert linears(x, (w,), (normal(1),)) is None, "a bias of one number"
     for name, (rows, weight) in cases.items():
         assert linears(rows, (weight,), (None,)) is None, name
     with torch.enable_grad():
@@ -110,6 +111,31 @@ def test_what_is_not_theirs_is_left_to_torch() -> None:
     assert attend_one(one, one, one, full.expand(2, 1, 4, 16), full.expand(2, 1, 4, 16), held=1) is None
     assert attend_one(one.double(), one, one, full, full, held=1) is None
     assert attend_one(normal(1, 2, 16), one, one, full, full, held=1) is None, "two queries"
+
+
+@compiles
+def test_defaults_of_torch_do_not_matter() -> None:
+    x, w = normal(1, 16), normal(8, 16)
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = linears(x, (w,), (None,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made is not None
+    assert made[0].dtype == torch.float32
+    assert_close("product", made[0], naive.linears(x, (w,), (None,))[0], 1e-6)
+
+
+@compiles
+def test_vmap_and_tensors_in_disguise_are_left_to_torch() -> None:
+    x, w = normal(3, 16), normal(8, 16)
+    assert_close("vmap", torch.vmap(lambda row: linear(row, w))(x), x @ w.T, 1e-6)
+
+    class Wrapped(Tensor):
+        pass
+
+    assert linears(x, (w.as_subclass(Wrapped),), (None,)) is None
+    assert rms_norm(x.as_subclass(Wrapped), w[0], 1e-5) is None
 
 
 def test_they_are_used_where_a_compiler_is() -> None:

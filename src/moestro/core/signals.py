@@ -30,7 +30,7 @@ class Signals:
         attend: the preceding attention as an operator, v [T, D] -> A v [T, D], or None.
         knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ...
         keep: names of plan tensors ("probs", "logits", "extra") that must outlive the layer's losses.
-        quiet: nobody reads the trail of this pass (generation): layers leave it empty, and count nothing.
+        quiet: nobody reads the trail of this pass (generation): in evaluation layers leave it empty and count nothing.
     """
 
     valid: Tensor | None = None

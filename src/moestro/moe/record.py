@@ -30,8 +30,11 @@ def note(plan: AnyPlan, losses: Sequence[Loss], signals: Signals, training: bool
     """The trail of one routed part, under the empty path.
 
     In evaluation a loss whose signals or scores are not there is left out (decoding gives no labels, a plan from a
-    file has no probabilities); in training that is an error.
+    file has no probabilities); in training that is an error. Of a quiet pass in evaluation nothing
+    is noted.
     """
+    if signals.quiet and not training:
+        return Trail()
     wanted, chosen = demand(plan), load(plan)
     terms: dict[str, Term] = {}
     for loss in losses:

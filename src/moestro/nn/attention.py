@@ -203,7 +203,7 @@ class Attention(nn.Module):
 
 def _per_row(signals: Signals | None, B: int, S: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """valid, position and segment as [B, S]."""
-    if signals is None:
+    if signals is None or (signals.valid is None and signals.position is None and signals.segment is None):
         return None, None, None
     out: list[Tensor | None] = []
     for name in ("valid", "position", "segment"):

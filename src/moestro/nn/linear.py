@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..ops.few import linears
@@ -14,10 +16,16 @@ def products(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
 
     Shapes: x [..., I] -> [..., O_i] each.
     """
-    plain = [m for m in maps if type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks]
-    if len(plain) == len(maps):
-        tables = [m._parameters for m in plain]  # as m.weight, m.bias, for a quarter of the time
-        made = linears(x, tuple([t["weight"] for t in tables]), tuple([t["bias"] for t in tables]))  # type: ignore[misc]
+    weights: list[Any] = []
+    biases: list[Any] = []
+    for m in maps:
+        if type(m) is not nn.Linear or m._forward_hooks or m._forward_pre_hooks:
+            break
+        own = m._parameters  # as m.weight and m.bias, for a quarter of the time
+        weights.append(own["weight"])
+        biases.append(own["bias"])
+    else:
+        made = linears(x, weights, biases)
         if made is not None:
             return made
     return tuple([m(x) for m in maps])

@@ -44,7 +44,7 @@ def attend_one(
         return None
     half = 0 if frequency is None else frequency.shape[0]
     y = torch.empty_like(q)
-    scratch = torch.empty(B * H * (d + held + 1) + 2 * half)
+    scratch = q.new_empty(B * H * (d + held + 1) + 2 * half)
     library.moestro_attend_one(
         y.data_ptr(),
         q.data_ptr(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ from .kernels import FEW, kernels, ready
 __all__ = ["linear", "linears"]
 
 
-def linears(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
+def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     """x W_i^T + b_i for each of up to three matrices, or None where it does not apply.
 
     Shapes: x [..., I] of few rows; weights [O_i, I]; biases [O_i] or None -> [..., O_i] each.
@@ -20,17 +22,22 @@ def linears(x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None,
     if library is None:
         return None
     I = x.shape[-1]
-    T = x.numel() // max(I, 1)
-    if T > FEW or not T or not ready(x, *weights, *biases) or any(w.shape[1] != I for w in weights):
+    T = x.numel() // I if I else 0
+    if T > FEW or not T or not ready(x, *weights, *biases):
         return None
     lead = x.shape[:-1]
-    out = tuple([torch.empty((*lead, w.shape[0])) for w in weights])
+    out: list[Tensor] = []
     arguments: list[int | None] = []
-    for y, w, b in zip(out, weights, biases):
-        arguments += (y.data_ptr(), w.data_ptr(), None if b is None else b.data_ptr(), w.shape[0])
+    for w, b in zip(weights, biases):
+        rows, width = w.shape
+        if width != I or (b is not None and b.shape != (rows,)):
+            return None
+        y = x.new_empty((*lead, rows))
+        out.append(y)
+        arguments += (y.data_ptr(), w.data_ptr(), None if b is None else b.data_ptr(), rows)
     arguments += (None, None, None, 0) * (3 - len(weights))
     library.moestro_linears(x.data_ptr(), T, I, *arguments, torch.get_num_threads())
-    return out
+    return tuple(out)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

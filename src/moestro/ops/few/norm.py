@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     if library is None:
         return None
     D = x.shape[-1]
-    T = x.numel() // max(D, 1)
+    T = x.numel() // D if D else 0
     if T > 16 * FEW or not T or weight.shape != (D,) or not ready(x, weight):
         return None
     y = torch.empty_like(x)

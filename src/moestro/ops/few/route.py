@@ -45,9 +45,11 @@ def route(
         return None
     T, D = x.shape
     E = weight.shape[0]
-    if T > FEW or not T or k > E or weight.shape[1] != D or in_backward() or not ready(x, weight, bias):
+    if T > FEW or not T or k > E or weight.shape[1] != D or (bias is not None and bias.shape != (E,)):
         return None
-    made = Routed(torch.empty((T, E)), torch.empty((T, E)), torch.empty((T, k), dtype=torch.int64), torch.empty((T, k)))
+    if in_backward() or not ready(x, weight, bias):
+        return None
+    made = Routed(x.new_empty((T, E)), x.new_empty((T, E)), x.new_empty((T, k), dtype=torch.int64), x.new_empty((T, k)))
     failed = library.moestro_route(
         x.data_ptr(),
         weight.data_ptr(),
