@@ -3,13 +3,16 @@
 Kept for the backward pass: the pre-activations [R, 2F] (plain: [R, F]) and nothing else that is routed. The gathered
 rows are gathered again inside the loads; the hidden values and the slope of the activation are recomputed where the
 gradient of the hidden values is finished; the experts' output rows are not needed, because
-<grad, down h> = <grad down, h>. Recomputing the pre-activations too would cost a third of the forward product again
-for 4F bytes per row; `checkpoint` around the layer does that for those who want it.
+<grad, down h> = <grad down, h>. Recomputing the pre-activations too would save 4F bytes per row (gated, 16 bits) for
+4DF FLOPs, two thirds of the forward pass; `checkpoint` around the layer does that for those who want it.
+Beside what is kept, a backward pass holds the pre-activations' gradient, and either weighted hidden values [R, F] or
+the rows' gradient [R, D]; a forward pass holds the hidden values [R, F] and the rows [R, D].
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ def blocks_for(p: Problem) -> Blocks:
 
 def forward(p: Problem, save: bool, sizes: Blocks | None = None) -> tuple[Tensor, Tensor]:
     """y [T, D] (sorted rows: [R, D]) and the pre-activations [R, 2F] or [R, F], of no rows if not `save`."""
+    p = _contiguous(p)
     E, D, F = p.num_experts, p.x.shape[1], p.width
     R, H = p.hidden_shape()
     pre = p.x.new_empty(R if save else 0, H)
@@ -56,10 +60,10 @@ def forward(p: Problem, save: bool, sizes: Blocks | None = None) -> tuple[Tensor
             first_kernel,
             (tiles.shape[0] * triton.cdiv(F, block.cols),),
             (
-                p.x.contiguous(),
+                p.x,
                 p.unit,
-                p.first.contiguous(),
-                _contiguous(p.first_bias),
+                p.first,
+                p.first_bias,
                 tiles,
                 hidden,
                 pre if save else None,
@@ -75,7 +79,7 @@ def forward(p: Problem, save: bool, sizes: Blocks | None = None) -> tuple[Tensor
 
 def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, sizes: Blocks | None = None) -> Grads:
     """The gradients that are wanted, from what `forward` saved and the gradient of y."""
-    sizes = sizes or blocks_for(p)
+    p, sizes = _contiguous(p), sizes or blocks_for(p)
     grad = grad.contiguous()  # it may be expanded
     d_x = d_weight = d_first = d_down = d_first_bias = d_down_bias = None
     with _on(p.x):
@@ -90,7 +94,7 @@ def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, sizes: Bl
                 d_down = _outer(p, grad, scaled, p.down, sizes.outer, left_is_units=True)
                 del scaled
             if wanted.first:
-                d_first = _outer(p, d_pre, p.x.contiguous(), p.first, sizes.outer, left_is_units=False)
+                d_first = _outer(p, d_pre, p.x, p.first, sizes.outer, left_is_units=False)
             if wanted.first_bias and p.first_bias is not None:
                 d_first_bias = _columns(p, d_pre, p.first_bias, routed=False)
             if wanted.x:
@@ -119,7 +123,7 @@ def _product(
     launch(
         product_kernel,
         (tiles.shape[0] * triton.cdiv(outputs, block.cols),),
-        (rows, matrix.contiguous(), _contiguous(bias), tiles, out, tiles.shape[0], inner),
+        (rows, matrix, bias, tiles, out, tiles.shape[0], inner),
         dict(E=E, I=inner, O=outputs, TRANSPOSED=transposed, **_inner(block)),
         **_options(block),
     )
@@ -135,7 +139,7 @@ def _combine(p: Problem, rows: Tensor, weight: Tensor | None) -> Tensor:
     launch(
         combine_kernel,
         (triton.cdiv(T, 4), triton.cdiv(D, cols)),
-        (rows, _contiguous(weight), p.inverse.contiguous(), out, T),
+        (rows, weight, p.inverse, out, T),
         dict(D=D, K=K, BM=4, BN=cols),
         num_warps=4,
     )
@@ -160,9 +164,9 @@ def _hidden_grad(
             grad,
             p.unit,
             p.slot if p.weight is not None else None,
-            _contiguous(p.weight),
-            p.down.contiguous(),
-            _contiguous(p.down_bias),
+            p.weight,
+            p.down,
+            p.down_bias,
             pre,
             tiles,
             d_pre,
@@ -204,7 +208,7 @@ def _columns(p: Problem, values: Tensor, like: Tensor, *, routed: bool) -> Tenso
             values,
             p.unit if routed else None,
             p.slot if weighted else None,
-            _contiguous(p.weight) if weighted else None,
+            p.weight if weighted else None,
             p.offsets,
             out,
         ),
@@ -223,7 +227,7 @@ def _dots(p: Problem, dots: Tensor) -> Tensor:
     launch(
         dots_kernel,
         (triton.cdiv(places, 256),),
-        (dots, p.inverse.contiguous(), out, dots.shape[1], places),
+        (dots, p.inverse, out, dots.shape[1], places),
         dict(PARTS=dots.shape[0], BN=256),
         num_warps=4,
     )
@@ -242,8 +246,10 @@ def _choices(p: Problem) -> int:
     return 1 if p.inverse is None else p.inverse.shape[1]
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _contiguous(p: Problem) -> Problem:
+    """The problem with every tensor laid out row after row, which is how kernels find their places."""
+    tensors = {k: v.contiguous() for k, v in vars(p).items() if isinstance(v, Tensor)}
+    return dataclasses.replace(p, **tensors)
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
