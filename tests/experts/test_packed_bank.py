@@ -95,6 +95,14 @@ def test_deterministic_rows() -> None:
         assert torch.equal(mixture(packed, units(20)[s], alone), together[s])
 
 
+def test_a_frozen_bank_compiles_whole() -> None:
+    packed = PackedBank(bank_of(), "int4")
+    plan = plans(5)["plain"]
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: packed.mixture(x, plan), fullgraph=True, backend="eager")
+        assert torch.equal(compiled(units(5)), packed.mixture(units(5), plan))
+
+
 # Size ---------------------------------------------------------------------------------------------------------------
 
 

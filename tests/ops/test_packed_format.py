@@ -131,6 +131,9 @@ def test_refused(kind: Kind) -> None:
         Packed(kind, good.data[:, :-1], good.scale, 40)
     with pytest.raises(UserError, match="has data"):
         Packed(kind, good.data, None if good.scale is not None else torch.ones(3, 2).half(), 40)
+    if good.scale is not None:
+        with pytest.raises(UserError, match="fp16 scales"):
+            Packed(kind, good.data, good.scale.float(), 40)
     with pytest.raises(UserError, match="unknown kind 'int3'.*int8"):
         pack(randn(3, 40), "int3")  # type: ignore[arg-type]
 

@@ -51,10 +51,11 @@ class Packed:
         width = {"bf16": self.inputs, "int8": BLOCK * blocks, "int4": BLOCK // 2 * blocks}[self.kind]
         scale = None if self.kind == "bf16" else (*self.data.shape[:-1], blocks)
         found = None if self.scale is None else tuple(self.scale.shape)
-        if self.data.dtype != _DTYPES[self.kind] or self.data.shape[-1] != width or found != scale:
+        fp16 = self.scale is None or self.scale.dtype == torch.float16
+        if self.data.dtype != _DTYPES[self.kind] or self.data.shape[-1] != width or found != scale or not fp16:
             raise UserError(
-                f"{self.kind} of {self.inputs} inputs has data [.., {width}] {_DTYPES[self.kind]} and scales {scale}; "
-                f"found {list(self.data.shape)} {self.data.dtype} and {found}"
+                f"{self.kind} of {self.inputs} inputs has data [.., {width}] {_DTYPES[self.kind]} and fp16 scales "
+                f"{scale}; found {list(self.data.shape)} {self.data.dtype} and {found}"
             )
 
     @property
