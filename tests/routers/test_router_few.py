@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -51,8 +52,9 @@ def assert_same(got: Plan, want: Plan) -> None:
 )
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "identity"])
 @pytest.mark.parametrize(("E", "k"), [(2, 2), (9, 2), (32, 4), (64, 8)])
-def test_one_call_equals_the_steps(E: int, k: int, activation: str, weigh: Raw | Renormalised | SoftmaxKept) -> None:
-    for virtual in ((), ("null", "copy")):
+def test_one_call_equals_the_steps(E: int, k: int, activation: Any, weigh: Raw | Renormalised | SoftmaxKept) -> None:
+    kinds: list[Any] = [(), ("null", "copy")]
+    for virtual in kinds:
         config = Router(
             score=Linear(bias=E == 9), activation=activation, select=TopK(k=k), weigh=weigh, virtual=virtual
         )  # type: ignore[arg-type]
