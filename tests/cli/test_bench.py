@@ -11,7 +11,7 @@ from torch import nn
 
 from moestro.bench import peers
 from moestro.bench.timing import interleave, ratio, spread
-from moestro.bench.train import AGREEMENT, _refuse_wasteful, agreement, measure
+from moestro.bench.train import AGREEMENT, PEERS, _refuse_wasteful, agreement, measure
 from moestro.cli.bench import KINDS
 from moestro.moe.layer import MoELayer
 from moestro.routers.config import Capacity, Router
@@ -54,16 +54,25 @@ def test_spread() -> None:
 
 
 def test_record_of_a_race(tiny: TrainRun) -> None:
-    record = measure(tiny, rounds=1, steps=1, against=("grouped_mm", "eager"), name="tiny")
+    against = ("transformers model", "grouped_mm", "eager")
+    record = measure(tiny, rounds=1, steps=1, against=against, name="tiny")
     assert json.loads(json.dumps(record)) == record
-    assert list(record["rows"]) == ["sparse", "dense twin", "grouped_mm", "eager"]
-    for name in ("grouped_mm", "eager"):
+    assert list(record["rows"]) == ["sparse", "dense twin", *against]
+    for name in against:
         assert record["rows"][name]["worst"] <= AGREEMENT
-    for row in record["rows"].values():
+    for name, row in record["rows"].items():
+        if name == "transformers model":
+            assert row["step_seconds"] > 0
+            assert "experts_seconds" not in row
+            continue
         parts = row["experts_seconds"] + row["attention_seconds"] + row["rest_seconds"]
         assert parts == pytest.approx(row["step_seconds"])
         assert row["experts_seconds"] > 0
-    assert set(record["ratios"]) == {"dense twin", "grouped_mm"}  # eager is shown, never compared with
+    assert set(record["ratios"]) == {
+        "dense twin",
+        "transformers model",
+        "grouped_mm",
+    }  # eager is shown, never compared with
     assert list(record["regimes"]) == ["tiny, step", "tiny, experts", "tiny, attention"]
     experts = record["regimes"]["tiny, experts"]["rows"]
     assert experts["sparse"]["seconds"] == [pytest.approx(record["rows"]["sparse"]["experts_seconds"], rel=1e-5)]
@@ -132,7 +141,7 @@ def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pyt
     assert (out / "picture.svg").read_text().startswith("<?xml")
     assert isinstance(asked["run"], TrainRun)
     assert (asked["run"].seed, asked["rounds"], asked["steps"]) == (5, 2, None)
-    assert asked["against"] == ("grouped_mm", "grouped_mm compiled", "batched_mm", "eager")
+    assert asked["against"] == tuple(PEERS)
     for part in ("sparse", "dense twin", "not timed, not here", "gradients differ", "peak memory", "times as fast as"):
         assert part in err
 

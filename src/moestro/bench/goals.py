@@ -58,8 +58,11 @@ GOALS: tuple[Goal, ...] = (
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro fp32", "read once, fp32", at_most=1.35),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro int4", "read once, int4", at_most=3.5),
     Goal("decode", f"whole model, 8 layers, {_SMALL}", "moestro", _GROUPED, at_least=3.0),
-    Goal("train", "stdlib, step", "sparse", "grouped_mm", at_least=1.15),
-    Goal("train", "bench, step", "sparse", "grouped_mm", at_least=1.4),
+    *(
+        Goal("train", f"{preset}, step", "sparse", peer, at_least=least)
+        for preset, least in (("stdlib", 1.15), ("bench", 1.4))
+        for peer in ("transformers model", "grouped_mm")
+    ),
     Goal("train", "bench, experts", "sparse", "grouped_mm", at_least=1.4),
 )
 

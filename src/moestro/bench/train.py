@@ -1,4 +1,4 @@
-"""Training speed: a sparse model against its dense twin and against itself with transformers' experts.
+"""Training speed: a sparse model against its dense twin, itself with transformers' experts, and transformers' model.
 
 All contenders train in one process on the same batches, with the same optimiser; those that share an architecture start
 from the same weights and must first show the same loss and gradients. They then take turns: in every round each one
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ..train.config import TrainRun
 from ..train.ranks import joined
 from . import peers
 from .contender import Contender
+from .counterpart import Trained, in_their_names
 from .problem import distance
 from .record import Regimes, begin, compared, finish
 from .timing import interleave, spread
@@ -36,13 +37,15 @@ from .timing import interleave, spread
 __all__ = ["AGREEMENT", "measure"]
 
 SPARSE, TWIN, GROUPED, COMPILED = "sparse", "dense twin", "grouped_mm", "grouped_mm compiled"
+WHOLE = "transformers model"  # all of it is theirs, and torch's optimiser; experts by grouped_mm
 PEERS = {
+    WHOLE: ("grouped_mm", False),
     GROUPED: ("grouped_mm", False),
     COMPILED: ("grouped_mm", True),
     "batched_mm": ("batched_mm", False),
     "eager": ("eager", False),
 }
-COMPARED = (TWIN, GROUPED, COMPILED)  # what ratios are taken to; the others are shown only
+COMPARED = (TWIN, WHOLE, GROUPED, COMPILED)  # what ratios are taken to; the others are shown only
 KINDS = ("experts", "attention")
 AGREEMENT = 1e-4  # relative L2 per gradient tensor, fp32
 LARGE = 20_000_000  # parameters from which a turn is one step
@@ -88,19 +91,25 @@ def measure(
             change(model)
             return Contender(run, model.to(ranks.device), batches, ranks)
 
-        racing = {SPARSE: enter(shape)}
-        if not any(isinstance(m, MoELayer) for m in racing[SPARSE].model.modules()):
+        sparse = enter(shape)
+        racing: dict[str, Contender | Trained] = {SPARSE: sparse}
+        if not any(isinstance(m, MoELayer) for m in sparse.model.modules()):
             raise UserError("bench train: this model has no routed layer")
         racing[TWIN] = enter(dense_twin(shape, run.seq_len))
         rows: dict[str, dict[str, Any]] = {name: {} for name in (SPARSE, TWIN, *against)}
-        expected = racing[SPARSE].first()
+        expected = sparse.first()
         for peer in against:
             implementation, compiled = PEERS[peer]
             say(f"checking {peer}")
             try:
                 _refuse_wasteful(shape, run.batch_size * run.seq_len, implementation)
-                entered = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))
-                rows[peer] = agreement(expected, entered.first())
+                entered: Contender | Trained
+                if peer == WHOLE:
+                    entered = Trained(run, cast(Decoder, sparse.model), implementation, batches, ranks)
+                    rows[peer] = agreement(_bare(enter, shape, entered), entered.first())
+                else:
+                    entered = enter(shape, lambda model, i=implementation, c=compiled: peers.install(model, i, c))
+                    rows[peer] = agreement(expected, entered.first())
             except Exception as error:  # also a compiler that is not there, an op that this device lacks
                 rows[peer] = {"absent": peers.why(error)}
                 continue
@@ -115,7 +124,7 @@ def measure(
             "name": name,
             "steps_per_turn": steps,
             "tokens_per_step": tokens,
-            "parameters": sum(p.numel() for p in racing[SPARSE].model.parameters()),
+            "parameters": sum(p.numel() for p in sparse.model.parameters()),
             "config": run.to_dict(),
             "rows": rows,
             "ratios": {to: compared(seconds, SPARSE, to) for to in COMPARED if to in racing},
@@ -128,10 +137,10 @@ def _regimes(seconds: dict[str, list[float]], taken: dict[str, int], name: str) 
     racing = [who for who in taken if who in (SPARSE, *COMPARED)]
     found: Regimes = {}
     for part in ("step", *KINDS):
-        times = {
-            who: [s / taken[who] for s in seconds[who]] if part == "step" else seconds[f"{who}/{part}"]
-            for who in racing
-        }
+        if part == "step":
+            times = {who: [s / taken[who] for s in seconds[who]] for who in racing}
+        else:
+            times = {who: seconds[f"{who}/{part}"] for who in racing if f"{who}/{part}" in seconds}
         rows = {who: {"seconds": values} | ({"bar": True} if who == TWIN else {}) for who, values in times.items()}
         found[f"{name}, {part}"] = {"kind": "train", "part": part, "ours": SPARSE, "rows": rows}
     return found
@@ -155,7 +164,10 @@ def _refuse_wasteful(shape: Any, tokens: int, implementation: str) -> None:
 
 def agreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, Any]:
     """Whether a peer computes the same step: relative L2 distance of every gradient, and of the loss."""
-    renamed = {n.replace("gate_up_proj", "gate_up").replace("down_proj", "down"): t for n, t in found.items()}
+    expected, renamed = (
+        {n.replace("gate_up_proj", "gate_up").replace("down_proj", "down"): t for n, t in these.items()}
+        for these in (expected, found)
+    )
     if renamed.keys() != expected.keys():
         return {"agrees": False, "worst": None, "where": "another set of gradients"}
     apart = {name: distance(renamed[name], expected[name]) for name in expected}
@@ -163,14 +175,25 @@ def agreement(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str
     return {"agrees": apart[where] <= AGREEMENT, "worst": apart[where], "where": where}
 
 
+def _bare(enter: Callable[[Any], Contender], shape: Any, theirs: Trained) -> dict[str, Tensor]:
+    """What `theirs.first()` should be: our gradients without loss terms, under their names."""
+    if shape.moe is None or shape.blocks is not None:
+        raise peers.Absent("its layers of one kind are all alike")
+    found = enter(shape.replace(moe=shape.moe.replace(losses=()))).first()
+    names = [name for name, _ in theirs.model.named_parameters()]
+    return in_their_names(found, names) | {"nats": found["nats"]}
+
+
 def _race(
-    racing: dict[str, Contender], rounds: int, steps: dict[str, int], say: Callable[[str], None]
+    racing: dict[str, Contender | Trained], rounds: int, steps: dict[str, int], say: Callable[[str], None]
 ) -> dict[str, list[float]]:
     turns: dict[str, Callable[[], None]] = {}
     for name, contender in racing.items():
         contender.steps(1)  # the optimiser's state exists from here on
-        contender.listen()
         turns[name] = lambda c=contender, n=steps[name]: c.steps(n)
+        if isinstance(contender, Trained):
+            continue
+        contender.listen()
         for kind in KINDS:
             turns[f"{name}/{kind}"] = lambda c=contender, k=kind: c.part(k)
     total = len(turns) * (rounds + 1)
@@ -183,9 +206,12 @@ def _race(
 
 def _row(seconds: dict[str, list[float]], name: str, tokens: int, steps: int) -> dict[str, Any]:
     step = spread([s / steps for s in seconds[name]])
+    speed = dataclasses.asdict(spread([tokens * steps / s for s in seconds[name]]))
+    if f"{name}/{KINDS[0]}" not in seconds:
+        return {"tokens_per_second": speed, "step_seconds": step.median}
     parts = {kind: spread(seconds[f"{name}/{kind}"]).median for kind in KINDS}
     return {
-        "tokens_per_second": dataclasses.asdict(spread([tokens * steps / s for s in seconds[name]])),
+        "tokens_per_second": speed,
         "step_seconds": step.median,
         **{f"{kind}_seconds": value for kind, value in parts.items()},
         "rest_seconds": step.median - sum(parts.values()),

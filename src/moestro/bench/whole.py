@@ -16,6 +16,7 @@ from ..nn.config import Attention
 from ..routers.config import Router, TopK
 from ..serve.generate import generate
 from . import peers
+from .counterpart import counterpart
 from .problem import Shape
 from .timing import interleave
 
@@ -28,20 +29,6 @@ PEERS = {  # name -> (implementation of the experts, compiled with a static cach
     "transformers eager": ("eager", False),
     "transformers batched_mm compiled": ("batched_mm", True),
 }
-NAMES = (  # theirs -> ours
-    ("model.", ""),
-    ("embed_tokens", "embed"),
-    ("lm_head", "head"),
-    ("input_layernorm", "mixer_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn", "mixer"),
-    ("mlp.", "ffn."),
-    ("gate.weight", "router.score.weight"),
-    ("_proj.weight", ".weight"),
-    ("gate_up_proj", "gate_up"),
-    ("down_proj", "down"),
-)
-
 Continue = Callable[[Tensor], list[int]]  # a prompt's ids [S] -> the new tokens
 
 
@@ -59,7 +46,7 @@ def measure(
     for name, (implementation, compiled) in (PEERS if with_peers else {}).items():
         say(f"whole model: checking {name}")
         try:
-            run = _transformers(ours, shape, implementation, compiled, new)
+            run = _transformers(ours, implementation, compiled, new)
             start = time.perf_counter()
             found = run(prompts[0])
         except Exception as error:
@@ -104,40 +91,9 @@ def _check(tokens: list[int]) -> None:
         raise RuntimeError("a contender generated nothing")
 
 
-def _renamed(name: str) -> str:
-    for theirs, ours in NAMES:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _transformers(ours: Any, shape: Shape, implementation: str, compiled: bool, new: int) -> Continue:
+def _transformers(ours: Any, implementation: str, compiled: bool, new: int) -> Continue:
     """Their model on our tensors: nothing is copied."""
-    configuration, modeling = peers.transformers_modules()
-    attention = ours.config.attention
-    config = configuration.Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.dim,
-        num_hidden_layers=ours.config.num_layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=attention.head_dim,
-        moe_intermediate_size=shape.width,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        norm_topk_prob=True,
-        max_position_embeddings=ours.config.context,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    config._experts_implementation = implementation
-    with torch.device("meta"):
-        model: Any = modeling.Qwen3MoeForCausalLM(config)
-    values = ours.state_dict()
-    model.load_state_dict({name: values[_renamed(name)] for name in model.state_dict()}, assign=True)
-    model.model.rotary_emb = modeling.Qwen3MoeRotaryEmbedding(config)  # it is in no state dict
-    model.eval()
+    model = counterpart(ours, implementation, share=True).eval()
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
     if compiled:
         from transformers.generation.configuration_utils import CompileConfig

@@ -31,13 +31,15 @@ class Options:
     """How often every contender has its turn."""
     steps: int | None = None
     """Optimiser steps of a turn; None = 3, or 1 of a model with over 20 million parameters."""
-    against: tuple[Literal["grouped_mm", "grouped_mm compiled", "batched_mm", "eager"], ...] = (
+    against: tuple[Literal["transformers model", "grouped_mm", "grouped_mm compiled", "batched_mm", "eager"], ...] = (
+        "transformers model",
         "grouped_mm",
         "grouped_mm compiled",
         "batched_mm",
         "eager",
     )
-    """Which of transformers' experts; absent ones get a row that says so."""
+    """The whole of transformers' model, and ours with transformers' experts of these kinds; absent ones get a row that
+    says so."""
     seed: int | None = None
     """Seed of initial values and data order; None = the preset's."""
     device: str | None = None
