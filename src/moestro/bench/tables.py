@@ -115,9 +115,6 @@ def train_table(record: Record) -> Table:
         speed = row["tokens_per_second"]
         named = [f"{part}_seconds" for part in ("step", "experts", "attention", "rest")]
         parts = (f"{1e3 * row[n]:.1f}" if n in row else "-" for n in named)
-            f"{1e3 * row[p]:.1f}" if (p := f"{part}_seconds") in row else "-"
-            for part in ("step", "experts", "attention", "rest")
-        )
         same = f"{row['worst']:.0e}" if "worst" in row else ""
         speeds = (f"{speed['median']:.0f} ({speed['low']:.0f} to {speed['high']:.0f})", f"{speed['most']:.0f}")
         rows.append((name, *speeds, *parts, same))
