@@ -61,6 +61,8 @@ class MoELayer(Routed):
             self.shared = config.shared.build(dim=dim, num_experts=1)
             self.shared.role = "shared_expert"
             if self.merge.gated:
+                if getattr(config.shared, "deterministic", False):
+                    raise UserError("MoELayer: a gated merge has no fixed order; leave out deterministic, or the gate")
                 self.shared_gate = nn.Linear(dim, 1, bias=False)
                 self.shared_gate.role = "shared_expert"  # type: ignore[assignment]
 

@@ -58,6 +58,8 @@ class Linear(Score):
     builds: ClassVar[str] = "moestro.routers.score:LinearScore"
     bias: bool = False
     """Whether the map has a bias."""
+    deterministic: bool = False
+    """Whether a unit's logits are bitwise equal alone and in any batch; slower, on the CPU in fp32 only."""
 
 
 @config

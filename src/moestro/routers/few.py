@@ -34,6 +34,8 @@ def common(config: cfg.Router) -> Common | None:
     weigh = config.weigh
     if type(config.score) is not cfg.Linear or type(config.select) is not cfg.TopK or type(weigh) not in _WEIGHTS:
         return None
+    if config.score.deterministic:
+        return None
     if config.mix is not None or config.limit is not None or config.subset is not None or config.temperature != 1.0:
         return None
     return Common(config.select.k, _WEIGHTS[type(weigh)], weigh.scale)  # type: ignore[attr-defined]

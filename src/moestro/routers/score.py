@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..core.carry import Carry
 from ..core.params import ParamInfo
 from ..core.signals import Signals
-from ..ops import few
+from ..ops import few, ordered
 from . import config as cfg
 from .steps import Scores, ScoreStep
 
@@ -31,6 +31,7 @@ class LinearScore(ScoreStep):
 
     def __init__(self, config: cfg.Linear, dim: int, num_ids: int) -> None:
         super().__init__()
+        self.deterministic = config.deterministic
         self.weight = nn.Parameter(torch.empty(num_ids, dim))
         self.bias = nn.Parameter(torch.empty(num_ids)) if config.bias else None
         self.reset_parameters()
@@ -41,6 +42,9 @@ class LinearScore(ScoreStep):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
+        if self.deterministic:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return Scores(logits=ordered.linear(x, self.weight.to(x.dtype), bias)), carry
         return Scores(logits=linear(x, self.weight, self.bias)), carry
 
     def param_info(self) -> dict[str, ParamInfo]:
