@@ -24,6 +24,8 @@ class Signals:
         valid: bool, False = padding. position: int64, place in its sequence. segment: int64, which sequence.
         token: int64 token ids. task, label: int64. unit_id: int64, the unit's number in the global batch: random draws
         use it, so one rank or many draw the same. condition: [T, C] or [B, C]. time: [T] or [B] diffusion time.
+        places: position, segment and unit_id of the units, for routed layers where the above are missing; a model
+        computes them once for all of its blocks.
         progress: share of training done, 0..1. seed: integer already folded with step, pass and module path.
 
     Static:
@@ -42,6 +44,7 @@ class Signals:
     condition: Tensor | None = None
     time: Tensor | None = None
     unit_id: Tensor | None = None
+    places: Mapping[str, Tensor] | None = None
     progress: Tensor | float | None = None
     seed: Tensor | int = 0
     attend: Callable[[Tensor], Tensor] | None = static(default=None)

@@ -71,8 +71,8 @@ class Block(nn.Module):
     """Pre-norm block: `(h [B, S, D], signals, carry) -> (h, carry, trail)`.
 
     The mixer's state travels in `carry.own` under "mixer"; none there = none is kept. A routed layer sees the block's
-    signals, completed with `position`, `segment`, `unit_id` and `attend` where they are missing; the first three may be
-    given as `places`, so that they are computed once for many blocks.
+    signals, completed with `position`, `segment`, `unit_id` and `attend` where they are missing (the first three from
+    `signals.places`, where somebody has computed them already).
     """
 
     def __init__(self, config: BlockConfig, dim: int) -> None:
@@ -83,9 +83,7 @@ class Block(nn.Module):
         self.ffn = config.ffn.build(dim)
         self.routed = isinstance(config.ffn, MoELayer)
 
-    def forward(
-        self, h: Tensor, signals: Signals, carry: Carry, places: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, Carry, Trail]:
+    def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
         state = carry.own.get("mixer")
         x = self.mixer_norm(h)
         attend = None
@@ -100,8 +98,9 @@ class Block(nn.Module):
         if not self.routed:
             y, _, trail = self.ffn(x)
             return h + y, carry, trail
-        places = _places(signals, x, state) if places is None else places
-        seen = changed(signals.at("ffn"), **places, attend=signals.attend if attend is None else attend)
+        places = _places(signals, x, state) if signals.places is None else signals.places
+        attend = signals.attend if attend is None else attend
+        seen = changed(signals.at("ffn"), **places, attend=attend, places=None)
         y, inner, trail = self.ffn(x, seen, carry.at("ffn"))
         return h + y, carry.back("ffn", inner), trail.under("ffn")
 
@@ -175,24 +174,24 @@ class Decoder(nn.Module):
             raise UserError(f"run: blocks {start} to {stop} of a model with {last}")
         trail = Trail()
         save = self.config.checkpoint and self.training and torch.is_grad_enabled()
-        places: dict[int, dict[str, Tensor]] = {}  # by what the mixer has seen: the same for all layers of one kind
+        told: dict[int, Signals] = {}  # by how much the mixer has seen: the same for all layers of one kind
         names = [f"layers.{i}" for i in range(start, stop)]
-        before, parts = carry, carry.apart(names)
+        parts, after = carry.apart(names), carry
         for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
-            inner, where = changed(carry, own=parts[i]), None
-            if layer.routed:
+            inner, seen = changed(after, own=parts[i]), signals
+            if getattr(layer, "routed", False) and signals.places is None:
                 state = inner.own.get("mixer")
-                seen = _length(state)
-                if seen not in places:
-                    places[seen] = _places(signals, h, state)
-                where = places[seen]
+                length = _length(state)
+                if length not in told:
+                    told[length] = changed(signals, places=_places(signals, h, state))
+                seen = told[length]
             if save:
-                h, carry, left = checkpoint(layer, h, signals.at(name), inner, where)
+                h, after, left = checkpoint(layer, h, seen.at(name), inner)
             else:
-                h, carry, left = layer(h, signals.at(name), inner, where)
-            parts[i] = carry.own
+                h, after, left = layer(h, seen.at(name), inner)
+            parts[i] = after.own
             trail = trail | left.under(name)
-        return self.norm(h) if stop == last else h, before.together(names, parts, carry), trail
+        return self.norm(h) if stop == last else h, carry.together(names, parts, after), trail
 
     def hidden(
         self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None
