@@ -49,7 +49,9 @@ def test_whole_models_agree(record: dict[str, Any]) -> None:
     for name in ("moestro", "transformers grouped_mm", "transformers eager"):
         row = regime["rows"][name]
         assert (row["agree"], row["of"], len(row["seconds"])) == (5, 5, 2)
-    assert set(regime["ratios"]) == {"transformers grouped_mm", "transformers eager"}
+    packed = {f"moestro {kind}" for kind in decoders.KINDS}
+    assert set(regime["ratios"]) == {"transformers grouped_mm", "transformers eager", *packed}
+    assert all(0 <= regime["rows"][name]["agree"] <= 5 for name in packed)
 
 
 def test_no_token_follows_itself() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +16,10 @@ from ..moe.config import MoELayer
 from ..nn.config import Attention
 from ..routers.config import Router, TopK
 from ..serve.generate import generate
+from ..serve.weights import pack_model
 from . import peers
 from .counterpart import counterpart
+from .decoders import KINDS
 from .problem import Shape
 from .timing import interleave
 
@@ -36,13 +39,21 @@ def measure(
     shape: Shape, layers: int, rounds: int, new: int, with_peers: bool, seed: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Every round, every contender continues the same prompt by `new` tokens; seconds are per new token, the prompt's
-    own pass included. A contender whose tokens are not ours is refused; "agree" says how many are."""
+    own pass included. A peer whose tokens are not ours is refused; "agree" says how many are. Ours with packed weights
+    (other weights, so other tokens may come) are timed too."""
     ours = our_model(shape, layers, seed, PROMPT + new)
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(0, VOCABULARY, (rounds + 1, PROMPT), generator=generator)
     racing: dict[str, Continue] = {OURS: lambda prompt: generate(ours, prompt, new).tokens.tolist()}
     expected = racing[OURS](prompts[0])
     rows: dict[str, Any] = {OURS: {"agree": new, "of": new}}
+    for kind in KINDS:
+        say(f"whole model: packing {kind}")
+        name = f"{OURS} {kind}"
+        packed = copy.deepcopy(ours)
+        pack_model(packed, kind)
+        racing[name] = lambda prompt, model=packed: generate(model, prompt, new).tokens.tolist()
+        rows[name] = {"agree": _agreeing(racing[name](prompts[0]), expected), "of": new}
     for name, (implementation, compiled) in (PEERS if with_peers else {}).items():
         say(f"whole model: checking {name}")
         try:
@@ -52,7 +63,7 @@ def measure(
         except Exception as error:
             rows[name] = {"absent": peers.why(error)}
             continue
-        rows[name] = {"agree": sum(a == b for a, b in zip(found, expected)), "of": new}
+        rows[name] = {"agree": _agreeing(found, expected), "of": new}
         if compiled:
             rows[name]["compile_seconds"] = time.perf_counter() - start
         if found != expected:
@@ -84,6 +95,10 @@ def our_model(shape: Shape, layers: int, seed: int, context: int) -> nn.Module:
         seed=seed,
     )
     return config.build().eval()
+
+
+def _agreeing(found: list[int], expected: list[int]) -> int:
+    return sum(a == b for a, b in zip(found, expected))
 
 
 def _check(tokens: list[int]) -> None:
