@@ -40,9 +40,11 @@ INLINE matrix rows_from(int kind, matrix m, int64_t row, int64_t n)
 INLINE vf bf16_load(const uint16_t *p)
 {
 #ifdef __AVX512F__
-    return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+    const __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (vf)_mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
 #else
-    return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+    const __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (vf)_mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
 #endif
 }
 
@@ -146,9 +148,9 @@ INLINE void block_int4(const char *w, const float *x, float scale, vf sum[2])
 #endif
 }
 
-/* `count` rows at once (a constant), which share the reading of x; x has whole blocks. */
-INLINE void dots_blocks(int kind, int count, const char *w, const uint16_t *scale, int64_t n, const float *x, float *out,
-                        const char *ahead)
+/* `count` rows at once (a constant), which share the reading of x; x has whole blocks. `early` is asked for. */
+INLINE void dots_blocks(int kind, int count, const char *w, const uint16_t *scale, int64_t n, const float *x,
+                        float *out, matrix early)
 {
     int64_t blocks = blocks_of(n), bytes = row_bytes(kind, n), each = kind == KIND_INT8 ? 32 : 16;
     vf sum[4][2];
@@ -157,7 +159,9 @@ INLINE void dots_blocks(int kind, int count, const char *w, const uint16_t *scal
     for (int r = 0; r < count; r++)
         sum[r][0] = sum[r][1] = v_set(0.0f);
     for (int64_t b = 0; b < count * bytes; b += 64)
-        _mm_prefetch(ahead + b, _MM_HINT_T0);
+        _mm_prefetch(early.data + b, _MM_HINT_T0);
+    for (int64_t b = 0; b < count * blocks; b += 32)
+        _mm_prefetch((const char *)(early.scale + b), _MM_HINT_T0);
     for (int64_t g = 0; g < blocks; g += 16) {
         int64_t m = blocks - g < 16 ? blocks - g : 16;
 #pragma GCC unroll 4
@@ -178,30 +182,56 @@ INLINE void dots_blocks(int kind, int count, const char *w, const uint16_t *scal
         out[r] = v_sum(sum[r][0] + sum[r][1]);
 }
 
-/* out[r] = row r of m times x, r < rows; n weights in a row. Where `ahead` bytes further on the part ends, the next
- * one begins at `next`: what is asked for early is asked for there. */
-INLINE void dots(int kind, matrix m, int64_t rows, int64_t n, const float *x, float *out, const char *next)
+enum { AHEAD_OF_ROW = 8192 }; /* bytes that are asked for before the row that is worked on */
+
+/* The place AHEAD_OF_ROW bytes after w; where the part ends before it, as far into the next part. */
+INLINE const char *early_data(const char *w, const char *end, const char *next)
 {
-    enum { AHEAD = 4096 };
+    return w + AHEAD_OF_ROW < end ? w + AHEAD_OF_ROW : next + (w + AHEAD_OF_ROW - end);
+}
+
+/* The scales of that place. */
+INLINE const uint16_t *early_scale(int kind, const uint16_t *s, const uint16_t *end, const uint16_t *next)
+{
+    const int64_t ahead = AHEAD_OF_ROW / (kind == KIND_INT8 ? 32 : 16);
+    return s + ahead < end ? s + ahead : next + (s + ahead - end);
+}
+
+/* out[r] = row r of m times x, r < rows; n weights in a row. What is read after these rows begins at `next`. */
+INLINE void dots(int kind, matrix m, int64_t rows, int64_t n, const float *x, float *out, matrix next)
+{
     const int64_t bytes = row_bytes(kind, n), blocks = blocks_of(n);
     const char *w = m.data, *end = w + rows * bytes;
-    const uint16_t *scale = m.scale;
-    int64_t r = 0;
-#define EARLY(w) ((w) + AHEAD < end ? (w) + AHEAD : next + ((w) + AHEAD - end))
-    if (kind >= KIND_INT8)
-        for (; r + 4 <= rows; r += 4, w += 4 * bytes, scale += 4 * blocks)
-            dots_blocks(kind, 4, w, scale, n, x, out + r, EARLY(w));
-    for (; r < rows; r++, w += bytes) {
-        if (kind == KIND_F32)
-            out[r] = dot_f32((const float *)w, x, n, EARLY(w));
-        else if (kind == KIND_BF16)
-            out[r] = dot_bf16((const uint16_t *)w, x, n, EARLY(w));
-        else {
-            dots_blocks(kind, 1, w, scale, n, x, out + r, EARLY(w));
-            scale += blocks;
+    if (kind < KIND_INT8) {
+        for (int64_t r = 0; r < rows; r++, w += bytes) {
+            const char *early = early_data(w, end, next.data);
+            if (kind == KIND_F32)
+                out[r] = dot_f32((const float *)w, x, n, early);
+            else
+                out[r] = dot_bf16((const uint16_t *)w, x, n, early);
         }
+        return;
     }
-#undef EARLY
+    const uint16_t *s = m.scale, *last = s + rows * blocks;
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4, w += 4 * bytes, s += 4 * blocks) {
+        const matrix early = {early_data(w, end, next.data), early_scale(kind, s, last, next.scale)};
+        dots_blocks(kind, 4, w, s, n, x, out + r, early);
+    }
+    for (; r < rows; r++, w += bytes, s += blocks) {
+        const matrix early = {early_data(w, end, next.data), early_scale(kind, s, last, next.scale)};
+        dots_blocks(kind, 1, w, s, n, x, out + r, early);
+    }
+}
+
+/* Ask for the beginning of a part that is about to be read, as `dots` asks for the rest of it. */
+INLINE void begin(int kind, matrix m)
+{
+    for (int64_t b = 0; b < AHEAD_OF_ROW; b += 64)
+        _mm_prefetch(m.data + b, _MM_HINT_T0);
+    if (kind >= KIND_INT8)
+        for (int64_t b = 0; b < AHEAD_OF_ROW / (kind == KIND_INT8 ? 32 : 16); b += 32)
+            _mm_prefetch((const char *)(m.scale + b), _MM_HINT_T0);
 }
 
 #endif

@@ -14,7 +14,8 @@
 
 #include "dots.h"
 
-/* expert, weight [T, K]; ids outside 0..E-1 add nothing. first [E, F or 2F, D], the gate's rows first; down [E, D, F]. */
+/* x [T, D]; expert, weight [T, K], ids outside 0..E-1 add nothing; first [E, F or 2F, D], the gate's rows first; down
+ * [E, D, F]. */
 typedef struct {
     const float *x;
     const int64_t *expert;
@@ -45,12 +46,14 @@ INLINE matrix few_first(int kind, const few_problem *p, const few_scratch *s, in
 INLINE void few_hidden(int kind, const few_problem *p, const few_scratch *s, int64_t f0, int64_t f1, int64_t d0)
 {
     const int64_t wide = whole(p->F), n = f1 - f0;
+    if (s->count)
+        begin(kind, few_first(kind, p, s, 0, f0, d0));
     for (int64_t i = 0; i < s->count; i++) {
         const float *x = s->x + s->choice[i] / p->K * (kind >= KIND_INT8 ? whole(p->D) : p->D);
         float *g = s->hidden + i * 2 * wide + f0, *u = g + wide;
         matrix gate = few_first(kind, p, s, i, f0, d0), up = rows_from(kind, gate, p->F, p->D);
-        const char *next = few_first(kind, p, s, i + 1, f0, d0).data;
-        dots(kind, gate, n, p->D, x, g, p->gated ? up.data : next);
+        const matrix next = few_first(kind, p, s, i + 1, f0, d0);
+        dots(kind, gate, n, p->D, x, g, p->gated ? up : next);
         if (p->gated)
             dots(kind, up, n, p->D, x, u, next);
         for (int64_t j = 0; j < n; j += VW) {
@@ -71,7 +74,7 @@ INLINE void few_output(int kind, const few_problem *p, const few_scratch *s, flo
     for (int64_t i = 0; i < s->count; i++) {
         const int64_t c = s->choice[i], last = i + 1 == s->count;
         matrix m = rows_from(kind, p->down, p->expert[c] * p->D + d0, p->F);
-        const char *next = rows_from(kind, p->down, p->expert[s->choice[i + !last]] * p->D + d0, p->F).data;
+        const matrix next = rows_from(kind, p->down, p->expert[s->choice[i + !last]] * p->D + d0, p->F);
         float *out = y + c / p->K * p->D + d0, *part = s->part + d0;
         dots(kind, m, n, p->F, s->hidden + i * 2 * wide, part, next);
         for (int64_t d = 0; d < n; d++)

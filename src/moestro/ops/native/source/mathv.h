@@ -1,8 +1,8 @@
 /* Vectors of floats and the functions of them that activations need.
  *
- * vf is as wide as the instruction set: 16 floats with AVX-512, 8 with AVX2. Relative errors are below 2e-7, of
- * the normal and complementary error functions 5e-7, where neither the result nor e^|x| leaves the normal numbers; NaN stays NaN.
- * Polynomials are minimax fits made for the ranges used here.
+ * vf is as wide as the instruction set: 16 floats with AVX-512, 8 with AVX2. Relative errors are below 2e-7, of the
+ * normal and complementary error functions 5e-7, where neither the result nor e^|x| leaves the normal numbers; NaN
+ * stays NaN. Polynomials are minimax fits made for the ranges used here.
  */
 #ifndef MOESTRO_MATHV_H
 #define MOESTRO_MATHV_H

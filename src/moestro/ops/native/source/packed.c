@@ -3,9 +3,9 @@
 #include "few.h"
 
 /* As moestro_few_f32, with a kind (dots.h) and the scales of both matrices, NULL for bf16. */
-int moestro_packed_few(int kind, float *y, const float *x, const int64_t *expert, const float *weight, const void *first,
-                       const uint16_t *first_scale, const void *down, const uint16_t *down_scale, int64_t T, int64_t K,
-                       int64_t E, int64_t D, int64_t F, int activation, int gated, int threads)
+int moestro_packed_few(int kind, float *y, const float *x, const int64_t *expert, const float *weight,
+                       const void *first, const uint16_t *first_scale, const void *down, const uint16_t *down_scale,
+                       int64_t T, int64_t K, int64_t E, int64_t D, int64_t F, int activation, int gated, int threads)
 {
     few_problem p = {x, expert, weight, {first, first_scale}, {down, down_scale}, T, K, E, D, F, activation, gated};
     switch (kind) {
@@ -25,13 +25,12 @@ int moestro_packed_few(int kind, float *y, const float *x, const int64_t *expert
 INLINE void product(int kind, float *y, const float *x, int64_t stride, matrix m, int64_t T, int64_t O, int64_t I,
                     int64_t from, int64_t to)
 {
-    const char *end = rows_from(kind, m, to, I).data;
     for (int64_t o = from; o < to; o += 8) {
         const int64_t n = to - o < 8 ? to - o : 8;
         const matrix part = rows_from(kind, m, o, I);
-        const char *next = part.data + n * row_bytes(kind, I);
+        const matrix next = o + n < to ? rows_from(kind, part, n, I) : part;
         for (int64_t t = 0; t < T; t++)
-            dots(kind, part, n, I, x + t * stride, y + t * O + o, t ? part.data : next < end ? next : part.data);
+            dots(kind, part, n, I, x + t * stride, y + t * O + o, t ? part : next);
     }
 }
 
