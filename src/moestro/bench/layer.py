@@ -3,7 +3,7 @@
 Every contender must first give the right output and, where gradients are timed, the right gradient of everything that
 has one (x, combine weights, both matrices); one that does not is named and not timed. Routers are timed apart, and how
 many of their choices differ from those of a float64 router is counted. A turn is as many calls as make some tens of
-milliseconds; contenders that are many times slower than the fastest one take part in the first rounds only. Compilation
+milliseconds; a contender that is so slow that all rounds would take too long sits out the last ones. Compilation
 happens before, its time is in the record.
 """
 
@@ -38,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # 
 TURN = 0.03  # seconds of a turn, at least
 MOST_CALLS = 200
 LONG = 0.2  # seconds of a call beside which asking the system for its memory costs nothing
-SLOW, FEW = 8.0, 3  # times the fastest one's time, from which a contender runs in so many rounds only
+FEW = 3  # rounds that even the slowest takes part in
 TOKENS_THAT_ROTATE = 8  # where there is one token: a call after the other gets another one
 
 
@@ -87,10 +87,12 @@ def measure(
     dtype: torch.dtype = torch.float32,
     threads: int = 0,
     only: str = "",
+    budget: float = 8.0,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure cases. Returns a JSON-able record, see `record`. peers: transformers' experts too. only: a part of the
-    names of the regimes that are measured."""
+    names of the regimes that are measured. budget: seconds that all rounds of one contender may take in a regime; it
+    takes part in three at least."""
     if rounds < 1:
         raise UserError("bench layer: needs at least one round")
     if dtype not in TOLERANCE:
@@ -100,12 +102,13 @@ def measure(
     place = torch.device(device)
     record = begin("time of one layer of experts", place, seed, rounds)
     say(record.get("warning", ""))
+    record["budget_seconds"] = budget
     record["dtype"], record["tolerance"] = str(dtype).removeprefix("torch."), TOLERANCE[dtype]
     regimes: Regimes = {}
     for case in wanted:
         names = [name for name in case.regimes(dtype) if only in name]
         if names:
-            regimes |= _Race(case, rounds, peers, seed, place, dtype, say).run(names)
+            regimes |= _Race(case, rounds, budget, peers, seed, place, dtype, say).run(names)
     if not regimes:
         raise UserError(f"bench layer: no regime has {only!r} in its name")
     return finish(record, "layer", regimes, place)
@@ -118,6 +121,7 @@ class _Race:
         self,
         case: Case,
         rounds: int,
+        budget: float,
         peers: bool,
         seed: int,
         device: torch.device,
@@ -125,7 +129,7 @@ class _Race:
         say: Callable[[str], None],
     ) -> None:
         self.case, self.rounds, self.peers, self.seed, self.say = case, rounds, peers, seed, say
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.budget = device, dtype, budget
         self.backward = case.kind == "forward + backward"
         self.compiled: set[int] = set()
 
@@ -165,6 +169,8 @@ class _Race:
             if isinstance(layer, str):
                 rows[name] = {"absent": layer}
                 continue
+            if layer.bar and kind != self.case.routings[0] and name not in layers.EVERYWHERE:
+                continue  # its time does not depend on the routing
             self.say(f"{regime}: checking {name}")
             try:
                 rows[name] = self._check(layer, given, answers)
@@ -252,7 +258,6 @@ class _Race:
                 alone[name] = time.perf_counter() - start
         if not alone:
             return
-        fastest = min(alone.values())
         turns: dict[str, Callable[[], None]] = {}
         for name, call in ready.items():
             calls = number * math.ceil(min(MOST_CALLS, max(1, TURN / alone[name])) / number)
@@ -264,10 +269,13 @@ class _Race:
                 self._wait()
 
             turns[name] = turn
-        few = {name: min(FEW, self.rounds) for name, t in alone.items() if t > SLOW * fastest and t > TURN}
+        most = {
+            name: min(self.rounds, max(FEW, int(self.budget / (t * rows[name]["calls_per_turn"]))))
+            for name, t in alone.items()
+        }
         say = self.say
         seconds = interleave(
-            turns, self.rounds, most=few, each=lambda done, name: say(f"{regime}: {done} turns, {name}")
+            turns, self.rounds, most=most, each=lambda done, name: say(f"{regime}: {done} turns, {name}")
         )
         for name, values in seconds.items():
             rows[name]["seconds"] = [v / rows[name]["calls_per_turn"] for v in values]

@@ -22,7 +22,8 @@ from .problem import Shape, Weights, plain_loop
 
 __all__ = ["OURS", "Layer", "makers", "our_bank"]
 
-OURS, TOUCHED, TORCH_PATH, LOOP = "moestro", "moestro, touched experts only", "moestro, torch path", "loop, unbind"
+OURS, TOUCHED, DETERMINISTIC = "moestro", "moestro, touched experts only", "moestro, deterministic"
+TORCH_PATH, LOOP = "moestro, torch path", "loop, unbind"
 PEERS = {
     "transformers grouped_mm": ("grouped_mm", False),
     "transformers grouped_mm compiled": ("grouped_mm", True),
@@ -30,6 +31,7 @@ PEERS = {
     "transformers batched_mm compiled": ("batched_mm", True),
     "transformers eager": ("eager", False),
 }
+EVERYWHERE = ("dense, width K*F", "dense products, width K*F")  # bars that goals compare with, under every routing
 COPIES = 2**31  # bytes of weights that batched_mm may copy
 CHOICES = 1024  # choices up to which one product for each is worth compiling
 
@@ -65,6 +67,7 @@ def makers(shape: Shape, shared: Weights, backward: bool, peers: bool) -> dict[s
     made: dict[str, Maker] = {OURS: lambda: _bank_layer(our_bank(shared), shape)}
     if backward and shape.tokens == 1:
         made[TOUCHED] = lambda: _bank_layer(our_bank(shared, sparse_grad=True), shape)
+    made[DETERMINISTIC] = lambda: _bank_layer(our_bank(shared, deterministic=True), shape)
     made[TORCH_PATH] = lambda: _torch_path(shape, shared)
     made[LOOP] = lambda: _loop(shared)
     if peers:
@@ -77,11 +80,11 @@ def makers(shape: Shape, shared: Weights, backward: bool, peers: bool) -> dict[s
     return made
 
 
-def our_bank(shared: Weights, sparse_grad: bool = False) -> Any:
+def our_bank(shared: Weights, sparse_grad: bool = False, deterministic: bool = False) -> Any:
     """Our bank of gated experts on these very tensors."""
     E, D, width = shared.down.shape
     with torch.device("meta"):
-        bank = Gated(width=width, sparse_grad=sparse_grad).build(dim=D, num_experts=E)
+        bank = Gated(width=width, sparse_grad=sparse_grad, deterministic=deterministic).build(dim=D, num_experts=E)
     bank.gate_up, bank.down = nn.Parameter(shared.gate_up), nn.Parameter(shared.down)
     return bank
 

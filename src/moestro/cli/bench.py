@@ -12,7 +12,7 @@ __all__ = ["KINDS", "main"]
 KINDS = {
     "layer": "one layer of experts against other implementations, dense layers and a plain loop",
     "decode": "one token at a time: cold layers against reading their weights once, and a whole model",
-    "train": "training speed against the dense twin and transformers' experts",
+    "train": "training speed against the dense twin, transformers' experts and transformers' model",
     "widths": "what experts of unequal widths cost",
     "seeds": "whether the sparse model beats its dense twin, over several seeds",
 }

@@ -33,6 +33,8 @@ class Options:
     """Measure regimes with this in their names only, such as "forward + backward, T 64"."""
     rounds: int = 15
     """How often every contender has its turn."""
+    budget: float = 8.0
+    """Seconds that all rounds of one contender may take in a regime; it takes part in three at least."""
     seed: int = 0
     """Seed of weights, inputs and routings."""
     device: str = "cpu"
@@ -63,6 +65,7 @@ def main(args: Sequence[str]) -> int:
         dtype=getattr(torch, options.dtype),
         threads=options.threads,
         only=options.only,
+        budget=options.budget,
         say=say,
     )
     say("")
