@@ -28,7 +28,7 @@ def regime(**seconds: list[float]) -> dict[str, Any]:
 
 def test_goals_by_hand() -> None:
     seconds = {
-        f"{REGIME}, balanced": {"moestro": [1.0, 2.0, 1.0], "transformers grouped_mm": [3.0, 6.0, 2.0]},
+        f"{REGIME}, balanced": {"moestro": [1.0, 2.0, 1.0], "transformers grouped_mm": [3.0, 6.0, 2.0], "absent": []},
         f"{REGIME}0, balanced": {"moestro": [1.0], "transformers grouped_mm": [1.0]},
         "somewhere else": {"moestro": [1.0]},
     }
@@ -40,8 +40,9 @@ def test_goals_by_hand() -> None:
     (found,) = judged("layer", seconds, [Goal("layer", REGIME, "moestro", "transformers grouped_mm", at_most=0.3)])
     assert found["measured"] == pytest.approx(1 / 3)
     assert not found["holds"]
-    (found,) = judged("layer", seconds, [Goal("layer", REGIME, "moestro", "absent peer", at_most=1.0)])
-    assert (found["measured"], found["holds"], found["why"]) == (None, None, "absent peer was not timed")
+    (found,) = judged("layer", seconds, [Goal("layer", REGIME, "moestro", "absent", at_most=1.0)])
+    assert (found["measured"], found["holds"], found["why"]) == (None, None, "absent was not timed")
+    assert judged("layer", seconds, [Goal("layer", REGIME, "moestro", "not asked for", at_most=1.0)]) == []
     assert judged("decode", seconds, [fast]) == []
 
 

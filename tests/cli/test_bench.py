@@ -118,6 +118,8 @@ def test_a_peer_that_cannot_do_it_says_so(tiny: TrainRun, monkeypatch: pytest.Mo
     monkeypatch.setattr(peers, "_experts", missing)
     record = measure(tiny, rounds=1, steps=1, against=("grouped_mm",))
     assert record["rows"]["grouped_mm"] == {"absent": "transformers is not installed"}
+    for regime in record["regimes"].values():
+        assert regime["rows"]["grouped_mm"] == {"absent": "transformers is not installed"}
 
 
 def test_verb(trained: Trained, tiny: TrainRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,19 +70,21 @@ GOALS: tuple[Goal, ...] = (
 def judged(
     benchmark: str, seconds: Mapping[str, Mapping[str, Sequence[float]]], goals: Sequence[Goal] = GOALS
 ) -> list[dict[str, Any]]:
-    """One entry per goal and regime it speaks of, where both were timed.
+    """One entry per goal and regime it speaks of, where both take part.
 
-    seconds: regime -> contender -> seconds per round. "measured" is the median over rounds of the ratio that the goal
-    is stated in, "low" and "high" its quartiles, "fastest" that of the fastest rounds of both.
+    seconds: regime -> contender -> seconds per round, none where it was not timed. "measured" is the median over rounds
+    of the ratio that the goal is stated in, "low" and "high" its quartiles, "fastest" that of the fastest rounds.
     """
     found = []
     for goal in goals:
         for regime, times in seconds.items():
             if goal.benchmark != benchmark or not _speaks(goal, regime):
                 continue
-            entry = dataclasses.asdict(goal) | {"regime": regime}
             if goal.ours not in times or goal.peer not in times:
-                missing = goal.ours if goal.ours not in times else goal.peer
+                continue
+            entry = dataclasses.asdict(goal) | {"regime": regime}
+            if not times[goal.ours] or not times[goal.peer]:
+                missing = goal.peer if times[goal.ours] else goal.ours
                 found.append(entry | {"measured": None, "holds": None, "why": f"{missing} was not timed"})
                 continue
             pair = (goal.ours, goal.peer) if goal.at_least is not None else (goal.peer, goal.ours)

@@ -46,7 +46,9 @@ def finish(record: dict[str, Any], benchmark: str, regimes: Regimes, device: tor
             if "seconds" in row:
                 row["seconds"] = [float(f"{s:.{DIGITS}g}") for s in row["seconds"]]
         regime |= summed(regime)
-    seconds = {name: timed(regime) for name, regime in regimes.items()}
+    seconds = {
+        name: {who: row.get("seconds", []) for who, row in regime["rows"].items()} for name, regime in regimes.items()
+    }
     record["load_average"]["after"] = load_average()
     return record | {
         "regimes": regimes,

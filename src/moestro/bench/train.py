@@ -129,10 +129,12 @@ def measure(
             "rows": rows,
             "ratios": {to: compared(seconds, SPARSE, to) for to in COMPARED if to in racing},
         }
-        return finish(record, "train", _regimes(seconds, taken, name), ranks.device)
+        return finish(record, "train", _regimes(seconds, taken, rows, name), ranks.device)
 
 
-def _regimes(seconds: dict[str, list[float]], taken: dict[str, int], name: str) -> Regimes:
+def _regimes(
+    seconds: dict[str, list[float]], taken: dict[str, int], all_rows: dict[str, dict[str, Any]], name: str
+) -> Regimes:
     """The whole step, and all layers of one kind; what is shown only is left out."""
     racing = [who for who in taken if who in (SPARSE, *COMPARED)]
     found: Regimes = {}
@@ -141,7 +143,11 @@ def _regimes(seconds: dict[str, list[float]], taken: dict[str, int], name: str) 
             times = {who: [s / taken[who] for s in seconds[who]] for who in racing}
         else:
             times = {who: seconds[f"{who}/{part}"] for who in racing if f"{who}/{part}" in seconds}
-        rows = {who: {"seconds": values} | ({"bar": True} if who == TWIN else {}) for who, values in times.items()}
+        rows: dict[str, Any] = {who: {"seconds": values} for who, values in times.items()}
+        rows[TWIN]["bar"] = True
+        for who, row in all_rows.items():
+            if who in COMPARED and who not in racing:
+                rows[who] = {"absent": row.get("absent", "its gradients differ")}
         found[f"{name}, {part}"] = {"kind": "train", "part": part, "ours": SPARSE, "rows": rows}
     return found
 

@@ -62,7 +62,10 @@ def main(args: Sequence[str]) -> int:
 
     from ..bench.train import measure
 
-    record = measure(run, options.rounds, options.steps, say, options.against, options.preset)
+    name = " ".join(
+        [options.preset, *(f"--set {change}" for change in options.set)]
+    )  # goals speak of presets as they are
+    record = measure(run, options.rounds, options.steps, say, options.against, name)
     say("")
     write(options.out, record)
     stream = sys.stderr if options.json else sys.stdout
