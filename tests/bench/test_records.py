@@ -94,6 +94,8 @@ def test_picture(tmp_path: Any) -> None:
     }
     (panel,) = panels(record)
     assert [bar.name for bar in panel.bars] == ["moestro", "other"]
+    many = {f"{routing} {i}": made | {"routing": routing} for i in range(7) for routing in ("balanced", "zipf")}
+    assert [p.title for p in panels(record | {"regimes": many})] == [f"balanced {i}" for i in range(7)]
     assert (panel.bars[0].value, panel.bars[0].kind, panel.bars[1].kind) == (1.5, "ours", "other")
     draw(record, tmp_path / "picture")
     assert REGIME in (tmp_path / "picture.svg").read_text()

@@ -11,14 +11,18 @@ from ..report.figures.bars import Bar, Panel, draw_bars
 
 __all__ = ["draw", "panels"]
 
+MOST = 12  # regimes up to which all are shown
 UNITS = {"cold decode": "ms per layer", "whole model": "ms per token", "train": "ms per step"}
 
 
 def panels(record: Mapping[str, Any]) -> list[Panel]:
-    """One panel per regime, the fastest contender on top; routers are left to the tables."""
+    """One panel per regime, the fastest contender on top. Routers are left to the tables; so are, where there are many
+    regimes, the routings after the first."""
     found = []
+    several = len(record["regimes"]) > MOST
+    first = next((r["routing"] for r in record["regimes"].values() if r["kind"] != "router" and "routing" in r), None)
     for name, regime in record["regimes"].items():
-        if regime["kind"] == "router":
+        if regime["kind"] == "router" or (several and regime.get("routing", first) != first):
             continue
         bars = [_bar(who, row, regime["ours"]) for who, row in regime["rows"].items() if "milliseconds" in row]
         if bars:
