@@ -11,6 +11,7 @@ import torch
 
 from moestro.bench import decode, decoders, whole
 from moestro.bench.problem import Shape, weights
+from moestro.bench.timing import interleave
 from moestro.core.errors import UserError
 
 SIZES = "2 layers, D 32 F 32 E 4 K 2"
@@ -58,20 +59,18 @@ def test_no_token_follows_itself() -> None:
     seen: list[int] = []
     stream = [
         decode.Token((torch.tensor([[float(i)]]),), (torch.zeros(1, 1, dtype=torch.int64),), (torch.ones(1, 1),))
-        for i in range(7)
+        for i in range(decode.TOKENS)
     ]
 
     def note(x: torch.Tensor, expert: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         seen.append(int(x))
         return x
 
-    turns = [decode._turn([note], stream, i * decode.STRIDE) for i in range(3)]
-    for _ in range(7):
-        for turn in turns:
-            turn()
+    turns = {str(i): decode._turn([note], stream, i * decode.STRIDE) for i in range(20)}
+    interleave(turns, 3 * decode.TOKENS, warmup=0)
+    assert len(seen) == 3 * 20 * decode.TOKENS
     assert all(a != b for a, b in itertools.pairwise(seen))
-    for i in range(3):
-        assert sorted(seen[i::3]) == list(range(7))
+    assert {seen.count(i) for i in range(decode.TOKENS)} == {60}
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def tiny(trained: Trained) -> TrainRun:
     return preset("tiny").replace(data=data, device="cpu")
 
 
-def test_every_round_runs_everyone_once_from_another_start() -> None:
+def test_every_round_runs_everyone_once_in_another_order() -> None:
     seen: list[str] = []
     now = [0.0]
 
@@ -39,9 +40,14 @@ def test_every_round_runs_everyone_once_from_another_start() -> None:
 
         return call
 
-    found = interleave({"a": take("a", 1.0), "b": take("b", 2.0)}, rounds=3, warmup=1, clock=lambda: now[0])
-    assert "".join(seen) == "ab" + "ba" + "ab" + "ba"
-    assert found == {"a": [1.0] * 3, "b": [2.0] * 3}
+    turns = {name: take(name, i + 1.0) for i, name in enumerate("abcd")}
+    found = interleave(turns, rounds=9, warmup=1, clock=lambda: now[0])
+    rounds = ["".join(seen[i : i + 4]) for i in range(0, 40, 4)]
+    assert all(sorted(r) == list("abcd") for r in rounds)
+    assert len(set(rounds)) > 5
+    followers = {(a, b) for r in rounds for a, b in itertools.pairwise(r)}
+    assert len(followers) == 12  # everyone has come after everyone else
+    assert found == {name: [i + 1.0] * 9 for i, name in enumerate("abcd")}
     assert ratio(found, "a", "b").median == 2.0  # a is twice as fast
 
 

@@ -31,7 +31,7 @@ SHAPE = (512, 256, 32, 4)  # D, F, E, K
 LAYERS, TOKENS = 8, 64
 CHECKED = 8  # tokens whose outputs are compared with float64, through all layers
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2, "int4": 0.2}  # relative L2: what the kind of weights allows
-STRIDE = 5  # tokens by which contenders are apart
+STRIDE = 23  # tokens by which contenders are apart; in no order of 20 of them does one follow with the same token
 
 
 def measure(

@@ -1,8 +1,9 @@
-"""Timing several contenders fairly: in turn, in one process, in an order that rotates, compared round by round."""
+"""Timing several contenders fairly: in turn, in one process, in a new order every round, compared round by round."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,17 +36,17 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call, name -> one figure per round.
 
-    A slow minute of the machine meets every contender: each round runs all of them once, starting one further every
-    time. `each(calls done, name)` is called after every call, for progress. most: name -> the rounds after which a
-    contender (a slow one) sits out.
+    A slow minute of the machine meets every contender: each round runs all of them once. The order is drawn anew for
+    every round (the same orders in every run): what one leaves behind in caches and free memory is not always met by
+    the same next one. `each(calls done, name)` is called after every call, for progress. most: name -> the rounds
+    after which a contender (a slow one) sits out.
     """
     names = list(contenders)
     limits = dict.fromkeys(names, rounds) | dict(most or {})
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    done = 0
+    draw, done = random.Random(0), 0
     for turn in range(warmup + rounds):
-        shift = turn % max(1, len(names))
-        for name in names[shift:] + names[:shift]:
+        for name in draw.sample(names, len(names)):
             if turn - warmup >= limits[name]:
                 continue
             start = clock()
