@@ -64,6 +64,33 @@ def test_cached_logits_of_a_padded_batch_equal_recomputation(name: str) -> None:
             assert_close(f"prompt {i}", torch.stack([p[i] for p in parts]), want, 1e-5)
 
 
+def test_of_a_prompt_only_the_last_position_meets_the_head() -> None:
+    model, seen = build().eval(), []
+    want = by_recomputation(model, PROMPTS[0], 3)
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(list(args[0].shape[:2])))
+    assert generate(model, PROMPTS[0], 3).tokens.tolist() == want
+    assert seen == [[1, 1]] * 3
+    generate(model, PROMPTS, 2)
+    assert seen[3:] == [[3, 1]] * 2
+
+
+def test_a_watched_or_changed_decoder_is_called() -> None:
+    model, calls = build().eval(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    want = by_recomputation(build().eval(), PROMPTS[0], 3)
+    assert generate(model, PROMPTS[0], 3).tokens.tolist() == want
+    assert len(calls) == 3
+
+    class Reversed(DecoderModule):
+        def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            logits, carry, trail = super().forward(*args, **kwargs)
+            return -logits, carry, trail
+
+    model = build().eval()
+    model.__class__ = Reversed
+    assert generate(model, PROMPTS[0], 1).tokens.tolist() == by_recomputation(model, PROMPTS[0], 1)
+
+
 @pytest.mark.parametrize("name", ["moe", "windowed", "mixed"])
 def test_samples_do_not_depend_on_the_batch(name: str) -> None:
     model = build(name)

@@ -14,6 +14,7 @@ from ..core.carry import Carry
 from ..core.errors import UserError
 from ..core.signals import Signals
 from ..core.trail import Trail
+from ..models.decoder import Decoder
 from .sampling import choose
 
 __all__ = ["Generated", "generate"]
@@ -139,8 +140,7 @@ def _decode(
             unit_id=(seed[:, None] << 32 | position).reshape(-1),
             quiet=True,
         )
-        logits, carry, _ = model(tokens, signals, carry)
-        last = logits[:, -1]
+        last, carry = _last_logits(model, tokens, signals, carry)
         if not math.isfinite(last.sum(dtype=torch.float64).item()):  # one infinity or NaN spoils the sum
             raise UserError("generate: the model's logits are not finite; its weights are damaged or training diverged")
         place = place[:, -1:] + 1
@@ -149,6 +149,16 @@ def _decode(
         for row, token, limit in zip(rows, new.tolist(), limits):
             row.add(token)
             row.end_if(step + 1 >= limit, "length" if limit == wanted else "context")
+
+
+def _last_logits(model: _Model, tokens: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry]:
+    """Logits [B, V] of the last position: a decoder as it was written spares its head the other ones."""
+    as_written = isinstance(model, Decoder) and getattr(model.forward, "__func__", None) is Decoder.forward
+    if as_written and not (model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl):
+        h, carry, _ = model.hidden(tokens, signals, carry)
+        return model.head(h[:, -1:].contiguous())[:, -1], carry
+    logits, carry, _ = model(tokens, signals, carry)
+    return logits[:, -1], carry
 
 
 class _Row:
