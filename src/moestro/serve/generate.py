@@ -153,12 +153,18 @@ def _decode(
 
 def _last_logits(model: _Model, tokens: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry]:
     """Logits [B, V] of the last position: a decoder as it was written spares its head the other ones."""
-    as_written = isinstance(model, Decoder) and getattr(model.forward, "__func__", None) is Decoder.forward
-    if as_written and not (model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl):
+    if isinstance(model, Decoder) and _as_written(model):
         h, carry, _ = model.hidden(tokens, signals, carry)
         return model.head(h[:, -1:].contiguous())[:, -1], carry
     logits, carry, _ = model(tokens, signals, carry)
     return logits[:, -1], carry
+
+
+def _as_written(model: Decoder) -> bool:
+    """Whether a call of the decoder is nothing but its `hidden` and its `head`."""
+    if model._forward_hooks or model._forward_pre_hooks or model._compiled_call_impl:
+        return False
+    return getattr(model.forward, "__func__", None) is Decoder.forward
 
 
 class _Row:
