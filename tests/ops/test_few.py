@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moestro.ops.few import attend_one, linear, linears, naive, rms_norm
+from moestro.ops.few.linears import SOME
 from moestro.ops.native import load
 from moestro.testing.compare import assert_close
 from ops.native_cases import compiles
@@ -23,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 @compiles
-@pytest.mark.parametrize("rows", [(1,), (2, 1), (4,)])
+@pytest.mark.parametrize("rows", [(1,), (2, 1), (4,), (3, 3), (SOME,)])
 @pytest.mark.parametrize(("I", "O"), [(1, (1,)), (7, (3, 5)), (64, (33,)), (130, (257, 1, 300)), (520, (129, 64, 65))])
 @pytest.mark.parametrize("bias", [False, True])
 def test_linears(rows: tuple[int, ...], I: int, O: tuple[int, ...], bias: bool) -> None:
@@ -40,6 +41,16 @@ def test_linears(rows: tuple[int, ...], I: int, O: tuple[int, ...], bias: bool) 
         torch.set_num_threads(before)
         assert again is not None
         assert all(torch.equal(a, b) for a, b in zip(made, again))
+
+
+@compiles
+@pytest.mark.parametrize("T", [2, 8, 9, SOME])
+def test_a_row_does_not_depend_on_the_others(T: int) -> None:
+    x, w = normal(SOME, 50), normal(70, 50, seed=1)
+    whole, part = linears(x, (w,), (None,)), linears(x[SOME - T :], (w[3:],), (None,))
+    assert whole is not None
+    assert part is not None
+    assert torch.equal(whole[0][SOME - T :, 3:], part[0])
 
 
 @compiles
@@ -92,7 +103,7 @@ def test_what_is_not_theirs_is_left_to_torch() -> None:
         "bf16": (x.bfloat16(), w.bfloat16()),
         "mixed": (x, w.double()),
         "no rows": (x[:0], w),
-        "many rows": (normal(64, 16), w),
+        "many rows": (normal(SOME + 1, 16), w),
         "strided": (x, normal(16, 8).T),
         "too narrow": (x, normal(8, 15)),
     }

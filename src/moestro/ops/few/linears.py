@@ -1,4 +1,4 @@
-"""Several products of the same few rows, in one reading of the weights."""
+"""Several products of the same rows, in one reading of the weights."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import FEW, kernels, ready
+from .kernels import kernels, ready
 
-__all__ = ["linear", "linears"]
+__all__ = ["SOME", "linear", "linears"]
+
+SOME = 32
+"""The most rows for which reading a matrix as it lies beats the library's product, which lays it out anew."""
 
 
 def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     """x W_i^T + b_i for each of up to three matrices, or None where it does not apply.
 
-    Shapes: x [..., I] of few rows; weights [O_i, I]; biases [O_i] or None -> [..., O_i] each.
+    Shapes: x [..., I] of at most SOME rows; weights [O_i, I]; biases [O_i] or None -> [..., O_i] each.
     """
     library = kernels(x)
     if library is None:
         return None
     I = x.shape[-1]
     T = x.numel() // I if I else 0
-    if T > FEW or not T or not ready(x, *weights, *biases):
+    if T > SOME or not T or not ready(x, *weights, *biases):
         return None
     lead = x.shape[:-1]
     out: list[Tensor] = []

@@ -8,10 +8,42 @@
 #include <omp.h>
 
 #include "dots.h"
-#include "mathv.h"
+#include "gemm.h"
 
-#define AHEAD 4096       /* bytes asked for ahead of the row that is worked on */
+#define BYTES 4096       /* bytes asked for ahead of the row that is worked on */
 #define WORTH 65536      /* floats to be read from which a second thread is worth waking */
+
+/* y [T, all] = x [T, I] w^T + b for the rows first .. last of w [all, I], one token: a row after the other, with those
+ * of `next` asked for behind the end of w. */
+static void one_token(float *y, const float *x, const float *w, const float *b, int64_t I, int64_t all, int64_t first,
+                      int64_t last, const char *next)
+{
+    const float *row = w + first * I;
+    const char *end = (const char *)(w + all * I);
+    for (int64_t r = first; r < last; r++, row += I) {
+        const char *ahead = (const char *)row + BYTES;
+        if (ahead >= end)
+            ahead = (next ? next : end) + (ahead - end);
+        y[r] = dot_f32(row, x, I, ahead) + (b ? b[r] : 0.0f);
+    }
+}
+
+/* The same of some tokens: they come in equal groups, so that the sums of each fit the registers, and meet some rows of
+ * w at a time, so that w comes from memory once. */
+static void some_tokens(float *y, const float *x, const float *w, const float *b, int64_t T, int64_t I, int64_t all,
+                        int64_t first, int64_t last)
+{
+    int64_t groups = (T + FEW - 1) / FEW, each = (T + groups - 1) / groups;
+    for (int64_t r = first; r < last; r += NR) {
+        int64_t n = least(NR, last - r);
+        for (int64_t t = 0; t < T; t += each)
+            few_rows(y + t * all + r, all, x + t * I, I, w + r * I, I, least(each, T - t), n, I);
+        if (b)
+            for (int64_t t = 0; t < T; t++)
+                for (int64_t i = r; i < r + n; i++)
+                    y[t * all + i] += b[i];
+    }
+}
 
 /* y_i [T, rows_i] = x [T, I] w_i^T + b_i for up to three matrices w_i [rows_i, I]; b_i may be NULL. */
 void moestro_linears(const float *x, int64_t T, int64_t I, float *y0, const float *w0, const float *b0, int64_t rows0,
@@ -26,16 +58,11 @@ void moestro_linears(const float *x, int64_t T, int64_t I, float *y0, const floa
         int64_t j = omp_get_thread_num(), n = omp_get_num_threads();
         int64_t from = all * j / n, to = all * (j + 1) / n;
         for (int m = 0; m < 3; m++) {
-            int64_t first = from < 0 ? 0 : from, last = to < rows[m] ? to : rows[m];
-            const float *row = w[m] + first * I;
-            const char *end = (const char *)(w[m] + rows[m] * I), *next = m < 2 && w[m + 1] ? (const char *)w[m + 1] : end;
-            for (int64_t r = first; r < last; r++, row += I) {
-                const char *ahead = (const char *)row + AHEAD;
-                if (ahead >= end)
-                    ahead = next + (ahead - end);
-                for (int64_t t = 0; t < T; t++)
-                    y[m][t * rows[m] + r] = dot_f32(row, x + t * I, I, ahead) + (b[m] ? b[m][r] : 0.0f);
-            }
+            int64_t first = most(from, 0), last = least(to, rows[m]);
+            if (T == 1)
+                one_token(y[m], x, w[m], b[m], I, rows[m], first, last, m < 2 ? (const char *)w[m + 1] : NULL);
+            else
+                some_tokens(y[m], x, w[m], b[m], T, I, rows[m], first, last);
             from -= rows[m];
             to -= rows[m];
         }
@@ -162,7 +189,7 @@ int moestro_route(const float *x, const float *w, const float *b, float *logits,
 {
     for (int64_t t = 0; t < T; t++, x += D, logits += E, probs += E, expert += K, weight += K) {
         for (int64_t e = 0; e < E; e++)
-            logits[e] = dot_f32(w + e * D, x, D, (const char *)(w + e * D) + AHEAD) + (b ? b[e] : 0.0f);
+            logits[e] = dot_f32(w + e * D, x, D, (const char *)(w + e * D) + BYTES) + (b ? b[e] : 0.0f);
         if (activation == SOFTMAX)
             softmax(probs, logits, E);
         else

@@ -198,7 +198,7 @@ static void strip(float *to, const float *b, int64_t ldb, int turned, int64_t K,
 }
 
 /* c[M, n] = a[M, K] b[n, K]^T by dot products along K: b is read once, in its order, and not turned. */
-INLINE void dots(const int M, const int n, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
+INLINE void dot_tile(const int M, const int n, int64_t K, const float *a, int64_t lda, const float *b, int64_t ldb,
                  float *c, int64_t ldc)
 {
     vf acc[FEW][4];
@@ -240,9 +240,9 @@ INLINE void dots(const int M, const int n, int64_t K, const float *a, int64_t ld
 #define DOTS(M)                                                                                                        \
     case M:                                                                                                            \
         for (; j + BESIDE(M) <= N; j += BESIDE(M))                                                                     \
-            dots(M, BESIDE(M), K, a, lda, b + j * ldb, ldb, c + j, ldc);                                               \
+            dot_tile(M, BESIDE(M), K, a, lda, b + j * ldb, ldb, c + j, ldc);                                               \
         for (; j < N; j++)                                                                                             \
-            dots(M, 1, K, a, lda, b + j * ldb, ldb, c + j, ldc);                                                       \
+            dot_tile(M, 1, K, a, lda, b + j * ldb, ldb, c + j, ldc);                                                       \
         break;
 
 /* c[m, N] = a[m, K] b[N, K]^T for at most FEW rows: bound by reading b. */
