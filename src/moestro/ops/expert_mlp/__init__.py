@@ -2,9 +2,11 @@
 
 from . import flops as _flops  # registers the formulas
 from .activations import ACTIVATIONS
+from .choose import explain
 from .few import FEW, gated_few
 from .functions import gated_mixture, gated_mlp, mlp, mlp_mixture
+from .problem import Spec
 
-__all__ = ["ACTIVATIONS", "FEW", "gated_few", "gated_mixture", "gated_mlp", "mlp", "mlp_mixture"]
+__all__ = ["ACTIVATIONS", "FEW", "Spec", "explain", "gated_few", "gated_mixture", "gated_mlp", "mlp", "mlp_mixture"]
 
 del _flops
