@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from moestro.core.errors import UserError
 from moestro.core.signals import Signals
 from moestro.nn import Attention, Rotary, YaRN
+from moestro.nn.norm import RMSNorm
 from moestro.testing.compare import assert_close
 from nn.test_attention import VARIANTS, B, D, S, make
 from ops.native_cases import compiles
@@ -64,6 +67,29 @@ def test_an_earlier_state_stays_readable_and_errors_stay() -> None:
             m(x[:, 5:6], None, second)
         with pytest.raises(UserError, match=r"begun with \d sequences"):
             m(x[:1, 4:5], None, first)
+
+
+@compiles
+def test_norms_of_heads_are_the_kernels_unless_they_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    m, x = make(VARIANTS["head_norm"]).float(), inputs()
+    forward, called, seen = RMSNorm.forward, [], []
+
+    def count(norm: RMSNorm, h: Tensor) -> Tensor:
+        called.append(norm)
+        return forward(norm, h)
+
+    with torch.no_grad():
+        _, state = m(x[:, :4], None, m.new_state(S))
+        monkeypatch.setattr(RMSNorm, "forward", count)
+        want, _ = m(x[:, 4:5], None, state)
+        assert not called
+        assert m.k_norm is not None
+        m.k_norm.register_forward_hook(lambda *_: seen.append(1))
+        got, _ = m(x[:, 4:5], None, state)
+        assert (len(called), len(seen)) == (2, 1)
+        assert_close("y", got, want, 1e-5)
+        with pytest.raises(UserError, match="capacity|holds"):
+            m(x[:, 4:5], None, dataclasses.replace(state, length=S))
 
 
 def test_marks_take_the_way_of_torch() -> None:

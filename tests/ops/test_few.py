@@ -85,6 +85,8 @@ def test_attend_one(held: int, H: int, G: int, d: int, rotation: str) -> None:
     frequency = None if rotation == "none" or not half else 0.7 ** torch.arange(half)
     options = {"position": 11, "frequency": frequency, "factor": 1.25, "interleaved": rotation == "interleaved"}
     options |= {"first": held // 3, "scale": 0.3 if rotation == "partial" else None}
+    if held % 2:
+        options["norms"] = normal(d, seed=5), normal(d, seed=6), 1e-3
     before = key.clone(), value.clone()
     want, new_key, new_value = naive.attend_one(q, k, v, key, value, held, **options)  # type: ignore[arg-type]
     made = attend_one(q.flatten(2), k.flatten(2), v.flatten(2), key, value, held, **options)  # type: ignore[arg-type]
@@ -121,6 +123,7 @@ def test_what_is_not_theirs_is_left_to_torch() -> None:
     assert attend_one(one, one, one, full, full, held=4) is None, "no place is left"
     assert attend_one(one, one, one, full.expand(2, 1, 4, 16), full.expand(2, 1, 4, 16), held=1) is None
     assert attend_one(one.double(), one, one, full, full, held=1) is None
+    assert attend_one(one, one, one, full, full, held=1, norms=(w[0], w[0, :8], 1e-5)) is None
     assert attend_one(normal(1, 2, 16), one, one, full, full, held=1) is None, "two queries"
 
 

@@ -17,12 +17,13 @@ from .config import Attention as AttentionConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
 from .mask import visible
-from .norm import RMSNorm
+from .norm import RMSNorm, plain
 from .rotary import Rotary
 
 __all__ = ["Attention"]
 
 Operator = Callable[[Tensor], Tensor]
+HeadNorms = tuple[Tensor, Tensor, float]  # weights for queries and keys, epsilon
 
 
 class Attention(nn.Module):
@@ -77,14 +78,21 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         valid, position, segment = _per_row(signals, B, S)
         q, k, v = products(x, self.q, self.k, self.v)
-        if self.config.qk_norm is not None:
+        one = S == 1 and state is not None and valid is None and position is None and segment is None
+        norms = self._plain_head_norms() if one else None
+        if self.config.qk_norm is not None and norms is None:
             q, k = self._normed(q, k)
-        if S == 1 and state is not None and valid is None and position is None and segment is None:
-            y = self._one(q, k, v, state)
+        if one:
+            assert state is not None
+            y = self._one(q, k, v, state, norms)
             if y is not None:
                 after = state.extended()
                 (y,) = products(y, self.o)
-                return (y, after, self._operator_of_one(q, state.length, after)) if operator else (y, after)
+                if not operator:
+                    return y, after
+                return y, after, self._operator_of_one(q, k, norms is not None, state.length, after)
+            if norms is not None:
+                q, k = self._normed(q, k)
         q = q.view(B, S, self.num_heads, self.head_dim)
         k = k.view(B, S, self.num_kv_heads, self.head_dim)
         v = v.view(B, S, self.num_kv_heads, self.head_dim)
@@ -149,7 +157,14 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
 
-    def _one(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache) -> Tensor | None:
+    def _plain_head_norms(self) -> HeadNorms | None:
+        """What `attend_one` needs to norm heads itself; None where there are no such norms, or they must be called."""
+        if self.config.qk_norm != "head":
+            return None
+        q, k = self.q_norm, self.k_norm
+        return (q.weight, k.weight, q.eps) if plain(q) and plain(k) and q.eps == k.eps else None
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, norms: HeadNorms | None) -> Tensor | None:
         """One new token per sequence, its key and value written into the cache; or None, and nothing is written."""
         turn = self.positions
         if not state.has_place() or not (turn is None or type(turn) is Rotary):
@@ -158,11 +173,13 @@ class Attention(nn.Module):
         assert state.value is not None
         rotation = {} if turn is None else turn.of_one(state.length)
         first = 0 if self.window is None else max(0, state.held + 1 - self.window)
-        return attend_one(q, k, v, state.key, state.value, state.held, first=first, scale=self.scale, **rotation)
+        return attend_one(
+            q, k, v, state.key, state.value, state.held, first=first, norms=norms, scale=self.scale, **rotation
+        )
 
-    def _operator_of_one(self, q: Tensor, start: int, after: KVCache) -> Operator:
+    def _operator_of_one(self, q: Tensor, k: Tensor, raw: bool, start: int, after: KVCache) -> Operator:
         def attend(value: Tensor) -> Tensor:
-            turned = q.unflatten(2, (-1, self.head_dim))
+            turned = (self._normed(q, k)[0] if raw else q).unflatten(2, (-1, self.head_dim))
             if self.positions is not None:
                 turned, _ = self.positions(turned, turned, None, start)
             keys = after.seen()[0] if self.window is None else after.seen()[0][:, :, -self.window :]

@@ -37,6 +37,7 @@ def attend_one(
     held: int,
     *,
     first: int = 0,
+    norms: tuple[Tensor, Tensor, float] | None = None,
     scale: float | None = None,
     position: int = 0,
     frequency: Tensor | None = None,
@@ -45,6 +46,8 @@ def attend_one(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(output [B, 1, H, d], the key and the value as they are written [B, 1, G, d])."""
     q, k, v = q.double(), k.double(), v.double()
+    if norms is not None:
+        q, k = rms_norm(q, norms[0], norms[2]), rms_norm(k, norms[1], norms[2])
     if frequency is not None:
         angle = position * frequency.double()
         q, k = turn(q, angle, factor, interleaved), turn(k, angle, factor, interleaved)

@@ -30,6 +30,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         (
             *(_POINTER,) * 6,
             *(_SIZE,) * 7,
+            *(_POINTER, _POINTER, _FLOAT),
             *(_POINTER, _SIZE, _FLOAT, _SIZE, _INT),
             *(_FLOAT, _POINTER, _INT),
         ),

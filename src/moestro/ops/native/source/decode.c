@@ -69,16 +69,21 @@ void moestro_linears(const float *x, int64_t T, int64_t I, float *y0, const floa
     }
 }
 
-/* y [T, D] = x / sqrt(mean(x^2) + eps) * weight */
+/* y [D] = x / sqrt(mean(x^2) + eps) * weight */
+static void normed(float *y, const float *x, const float *weight, int64_t D, float eps)
+{
+    vf scale = v_set(1.0f / sqrtf(dot_f32(x, x, D, (const char *)x) / (float)D + eps));
+    for (int64_t i = 0; i < D; i += VW) {
+        int64_t m = D - i < VW ? D - i : VW;
+        v_store_n(y + i, v_load_n(x + i, m) * scale * v_load_n(weight + i, m), m);
+    }
+}
+
+/* The same of the rows of x [T, D]. */
 void moestro_rms_norm(float *y, const float *x, const float *weight, int64_t T, int64_t D, float eps)
 {
-    for (int64_t t = 0; t < T; t++, x += D, y += D) {
-        vf scale = v_set(1.0f / sqrtf(dot_f32(x, x, D, (const char *)x) / (float)D + eps));
-        for (int64_t i = 0; i < D; i += VW) {
-            int64_t m = D - i < VW ? D - i : VW;
-            v_store_n(y + i, v_load_n(x + i, m) * scale * v_load_n(weight + i, m), m);
-        }
-    }
+    for (int64_t t = 0; t < T; t++)
+        normed(y + t * D, x + t * D, weight, D, eps);
 }
 
 /* The first 2 * half of d numbers, turned in pairs (i, i + half), or (2i, 2i + 1) where interleaved; the rest as is. */
@@ -131,15 +136,15 @@ static void attend(float *y, const float *q, const float *key, const float *valu
     }
 }
 
-/* One token per sequence: turns q [B, H, d] and k [B, G, d], writes k and v to place `held` of the caches
- * [B, G, size, d], and attends from place `from` to it. frequency [half] or NULL (no rotation). Needs scratch for
- * B * H * (d + held + 1) + 2 * half floats. */
+/* One token per sequence: norms the heads of q [B, H, d] and k [B, G, d] where weights [d] are given, turns them,
+ * writes k and v to place `held` of the caches [B, G, size, d], and attends from place `from` to it. frequency [half]
+ * or NULL (no rotation). Needs scratch for B * H * (d + held + 1) + 2 * half + d floats. */
 void moestro_attend_one(float *y, const float *q, const float *k, const float *v, float *key, float *value, int64_t B,
                         int64_t H, int64_t G, int64_t d, int64_t size, int64_t held, int64_t from,
-                        const float *frequency, int64_t half, float factor, int64_t position, int interleaved,
-                        float scale, float *scratch, int threads)
+                        const float *q_norm, const float *k_norm, float eps, const float *frequency, int64_t half,
+                        float factor, int64_t position, int interleaved, float scale, float *scratch, int threads)
 {
-    float *cosine = scratch, *sine = scratch + half, *own = sine + half;
+    float *cosine = scratch, *sine = scratch + half, *head = sine + half, *own = head + d;
     int64_t n = held + 1 - from, room = d + held + 1;
     if (!frequency)
         half = 0;
@@ -149,7 +154,12 @@ void moestro_attend_one(float *y, const float *q, const float *k, const float *v
         sine[i] = sinf(angle) * factor;
     }
     for (int64_t g = 0; g < B * G; g++) {
-        turned(key + (g * size + held) * d, k + g * d, cosine, sine, d, half, interleaved);
+        const float *plain = k + g * d;
+        if (k_norm) {
+            normed(head, plain, k_norm, d, eps);
+            plain = head;
+        }
+        turned(key + (g * size + held) * d, plain, cosine, sine, d, half, interleaved);
         for (int64_t i = 0; i < d; i++)
             value[(g * size + held) * d + i] = v[g * d + i];
     }
@@ -157,7 +167,12 @@ void moestro_attend_one(float *y, const float *q, const float *k, const float *v
     for (int64_t h = 0; h < B * H; h++) {
         int64_t g = h / H * G + h % H / (H / G);
         float *turn = own + h * room;
-        turned(turn, q + h * d, cosine, sine, d, half, interleaved);
+        const float *plain = q + h * d;
+        if (q_norm) { /* into the output, which is written last */
+            normed(y + h * d, plain, q_norm, d, eps);
+            plain = y + h * d;
+        }
+        turned(turn, plain, cosine, sine, d, half, interleaved);
         attend(y + h * d, turn, key + (g * size + from) * d, value + (g * size + from) * d, n, d, scale, turn + d);
     }
 }
