@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -12,9 +12,6 @@ from ..ops import few
 from . import config as cfg
 from .score import LinearScore
 from .select import TopKSelect
-
-if TYPE_CHECKING:
-    from .router import StepRouter
 
 __all__ = ["Common", "common", "of_few"]
 
@@ -41,9 +38,9 @@ def common(config: cfg.Router) -> Common | None:
     return Common(config.select.k, _WEIGHTS[type(weigh)], weigh.scale)  # type: ignore[attr-defined]
 
 
-def of_few(router: StepRouter, known: Common, x: Tensor, signals: Signals) -> Plan | None:
-    """The plan that the steps would make, or None where they must be asked: many units, a gradient, padding, call-time
-    knobs, steps that were exchanged or are watched."""
+def of_few(router: Any, known: Common, x: Tensor, signals: Signals) -> Plan | None:
+    """The plan that the steps of a `StepRouter` would make, or None where they must be asked: many units, a gradient,
+    padding, call-time knobs, steps that were exchanged or are watched."""
     if signals.valid is not None or signals.knobs:
         return None
     score, select, weigh = router.score, router.select, router.weigh
