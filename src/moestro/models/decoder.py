@@ -84,13 +84,13 @@ class Block(nn.Module):
         self.routed = isinstance(config.ffn, MoELayer)
 
     def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
-        state = carry.own.get("mixer")
+        state, mixer = carry.own.get("mixer"), self.mixer
         x = self.mixer_norm(h)
         attend = None
-        if self.routed and getattr(self.mixer, "offers_operator", False):
-            y, after, attend = self.mixer(x, signals, state, operator=True)
+        if self.routed and getattr(mixer, "offers_operator", False):
+            y, after, attend = mixer(x, signals, state, operator=True)
         else:
-            y, after = self.mixer(x, signals, state)
+            y, after = mixer(x, signals, state)
         h = h + y
         if after is not None:
             carry = carry.put("mixer", after)

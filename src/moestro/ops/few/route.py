@@ -49,12 +49,16 @@ def route(
         return None
     if in_backward() or not ready(x, weight, bias):
         return None
-    made = Routed(x.new_empty((T, E)), x.new_empty((T, E)), x.new_empty((T, k), dtype=torch.int64), x.new_empty((T, k)))
+    logits, weights = x.new_empty((T, E)), x.new_empty((T, k))
+    made = Routed(logits, torch.empty_like(logits), torch.empty_like(weights, dtype=torch.int64), weights)
     failed = library.moestro_route(
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        *(t.data_ptr() for t in made),
+        logits.data_ptr(),
+        made.probs.data_ptr(),
+        made.expert.data_ptr(),
+        weights.data_ptr(),
         T,
         D,
         E,
