@@ -23,7 +23,7 @@ def kernels(x: Tensor) -> Library | None:
         return None
     if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap and its kin: what looks like a tensor is none
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]  # vmap and its kin
         return None
     return _library()
 
