@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.pages import large_pages
 from .routings import routing
 
 __all__ = ["Answer", "Inputs", "Shape", "Weights", "distance", "inputs", "plain_loop", "reference", "weights"]
@@ -62,11 +63,11 @@ class Answer:
 
 
 def weights(shape: Shape, seed: int, device: torch.device, dtype: torch.dtype) -> Weights:
-    """Normal values of standard deviation 1 / sqrt(inputs)."""
+    """Normal values of standard deviation 1 / sqrt(inputs), in large pages as a bank's are, for all contenders."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).div_(math.sqrt(size[-1])).to(device, dtype)
+        return large_pages(torch.randn(*size, generator=generator).div_(math.sqrt(size[-1])).to(device, dtype))
 
     E, D, F = shape.experts, shape.dim, shape.width
     return Weights(draw(E, 2 * F, D), draw(E, D, F))

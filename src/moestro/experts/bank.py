@@ -15,8 +15,9 @@ from ..core.params import Role
 from ..core.plan import AnyPlan
 from ..core.rows import Rows
 from ..ops.combine import through
+from ..ops.pages import large_pages
 
-__all__ = ["Bank"]
+__all__ = ["Bank", "matrices"]
 
 
 class Bank(nn.Module):
@@ -79,6 +80,11 @@ class Bank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}"
+
+
+def matrices(*shape: int) -> nn.Parameter:
+    """A stack of matrices, not yet written to; in large pages on the CPU, where experts are read in any order."""
+    return nn.Parameter(large_pages(torch.empty(*shape), fresh=True))
 
 
 def uniform_(parameter: Tensor, fan_in: int) -> None:

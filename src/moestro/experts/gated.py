@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.params import ParamInfo
@@ -15,7 +15,7 @@ from ..core.rows import Rows
 from ..ops.combine import table_weight
 from ..ops.expert_mlp import FEW, gated_few, gated_mixture, gated_mlp
 from ..ops.rows import rows as derive_rows
-from .bank import Bank, scaled, uniform_
+from .bank import Bank, matrices, scaled, uniform_
 from .config import Gated
 
 __all__ = ["GatedBank"]
@@ -44,11 +44,11 @@ class GatedBank(Bank):
                 )
             self.widths = config.width
             total = sum(self.widths)
-            self.gate_up = nn.Parameter(torch.empty(2 * total, dim))
-            self.down = nn.Parameter(torch.empty(total, dim))
+            self.gate_up = matrices(2 * total, dim)
+            self.down = matrices(total, dim)
         else:
-            self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * config.width, dim))
-            self.down = nn.Parameter(torch.empty(num_experts, dim, config.width))
+            self.gate_up = matrices(num_experts, 2 * config.width, dim)
+            self.down = matrices(num_experts, dim, config.width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

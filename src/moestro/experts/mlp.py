@@ -14,7 +14,7 @@ from ..core.rows import Rows
 from ..ops.combine import table_weight
 from ..ops.expert_mlp import mlp, mlp_mixture
 from ..ops.rows import rows as derive_rows
-from .bank import Bank, scaled, uniform_
+from .bank import Bank, matrices, scaled, uniform_
 from .config import MLP
 
 __all__ = ["MLPBank"]
@@ -33,8 +33,8 @@ class MLPBank(Bank):
         super().__init__(dim, num_experts)
         self.config = config
         F = config.width
-        self.up = nn.Parameter(torch.empty(num_experts, F, dim))
-        self.down = nn.Parameter(torch.empty(num_experts, dim, F))
+        self.up = matrices(num_experts, F, dim)
+        self.down = matrices(num_experts, dim, F)
         self.up_bias = nn.Parameter(torch.empty(num_experts, F)) if config.bias else None
         self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if config.bias else None
         self.reset_parameters()

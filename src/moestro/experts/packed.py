@@ -15,6 +15,7 @@ from ..core.rows import Rows
 from ..ops.combine import through
 from ..ops.packed import FEW, KINDS, Kind, Packed, pack, packed_few, packed_rows
 from ..ops.packed.buffers import apply_keeping, check_kinds
+from ..ops.pages import large_pages
 from .bank import Bank, scaled
 from .gated import GatedBank
 from .mlp import MLPBank
@@ -79,7 +80,7 @@ class PackedBank(Bank):
         for name, value in source._parameters.items():
             if name in self.matrices:
                 packed = pack(getattr(source, name), kind)
-                self.register_buffer(f"{name}_data", packed.data)
+                self.register_buffer(f"{name}_data", large_pages(packed.data))
                 if packed.scale is not None:
                     self.register_buffer(f"{name}_scale", packed.scale)
             else:

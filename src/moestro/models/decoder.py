@@ -19,6 +19,7 @@ from ..nn.init import initialise
 from ..ops.choice import checkpoint
 from ..ops.cross_entropy import cross_entropy
 from ..ops.few import linear
+from ..ops.pages import large_pages
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
 
@@ -47,6 +48,7 @@ class Head(nn.Linear):
 
     def __init__(self, vocab_size: int, dim: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
+        large_pages(self.weight)
 
     def forward(self, h: Tensor) -> Tensor:
         return linear(h, self.weight)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..pages import large_pages
 from .activations import ACTIVATIONS
 from .problem import Grads, Problem, Spec, Wanted
 
 __all__ = ["backward", "forward", "supported"]
 
 NAME = "native"
-_LARGE = 2**20  # entries from which large pages are asked for
 _CODES = {name: number for number, name in enumerate(ACTIVATIONS)}  # the order of mathv.h
 
 
@@ -137,9 +137,7 @@ class _Prepared:
 
     def new(self, name: str, *shape: int) -> Tensor:
         """A tensor for a result."""
-        tensor = self.like.new_empty(shape)
-        if tensor.numel() >= _LARGE:
-            self.library.moestro_large_pages(tensor.data_ptr(), 4 * tensor.numel())
+        tensor = large_pages(self.like.new_empty(shape), fresh=True)
         self.take(name, tensor)
         return tensor
 

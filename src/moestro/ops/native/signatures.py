@@ -19,7 +19,6 @@ _DOUBLE = ctypes.c_double
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_abi": (_INT, ()),
     "moestro_threads": (_INT, (_INT,)),
-    "moestro_large_pages": (None, (_POINTER, _SIZE)),
     "moestro_linears": (
         None,
         (_POINTER, _SIZE, _SIZE, *(_POINTER, _POINTER, _POINTER, _SIZE) * 3, _INT),
