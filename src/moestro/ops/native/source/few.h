@@ -1,9 +1,9 @@
 /* Experts on few tokens: the weights are read once, as fast as memory gives them.
  *
- * With a handful of tokens every weight meets one or two numbers, so all time is reading. Each thread owns a contiguous
- * part of the rows of every matrix and walks through it front to back, asking early for the first bytes of the part
- * that comes next. Results do not depend on the number of threads: a row's dot product is the same whichever thread
- * takes it, and outputs are summed in the order of the choices.
+ * With a handful of tokens every weight meets one or two numbers, so all time is reading. Each thread owns whole
+ * experts, or where they do not come out even a contiguous part of the rows of every matrix, and walks through them
+ * front to back, asking early for the first bytes of what comes next. Results do not depend on the number of threads: a
+ * row's dot product is the same whichever thread takes it, and outputs are summed in the order of the choices.
  */
 #ifndef MOESTRO_FEW_H
 #define MOESTRO_FEW_H
@@ -25,7 +25,7 @@ typedef struct {
     int activation, gated;
 } few_problem;
 
-/* choice: the `count` places in [T, K] that have an expert. hidden [count, 2, whole F], x [T, whole D], part [D]. */
+/* choice: the `count` places in [T, K] that have an expert. hidden [count, 2, whole F], x [T, whole D], part [count, D]. */
 typedef struct {
     int64_t count, *choice;
     const float *x;
@@ -34,25 +34,30 @@ typedef struct {
 
 INLINE int64_t whole(int64_t n) { return blocks_of(n) * BLOCK; }
 
+/* What one thread does: choices i0..i1, hidden values f0..f1, outputs d0..d1. */
+typedef struct {
+    int64_t i0, i1, f0, f1, d0, d1;
+} few_part;
+
 /* Rows f0.. of the first matrix of the i-th choice's expert; beyond the last choice, what is read after them all. */
-INLINE matrix few_first(int kind, const few_problem *p, const few_scratch *s, int64_t i, int64_t f0, int64_t d0)
+INLINE matrix few_first(int kind, const few_problem *p, const few_scratch *s, int64_t i, few_part a)
 {
-    if (i == s->count)
-        return rows_from(kind, p->down, p->expert[s->choice[0]] * p->D + d0, p->F);
-    return rows_from(kind, p->first, p->expert[s->choice[i]] * (p->gated ? 2 : 1) * p->F + f0, p->D);
+    if (i == a.i1)
+        return rows_from(kind, p->down, p->expert[s->choice[a.i0]] * p->D + a.d0, p->F);
+    return rows_from(kind, p->first, p->expert[s->choice[i]] * (p->gated ? 2 : 1) * p->F + a.f0, p->D);
 }
 
-/* Hidden values f0..f1 of all choices. */
-INLINE void few_hidden(int kind, const few_problem *p, const few_scratch *s, int64_t f0, int64_t f1, int64_t d0)
+/* The part's hidden values. */
+INLINE void few_hidden(int kind, const few_problem *p, const few_scratch *s, few_part a)
 {
-    const int64_t wide = whole(p->F), n = f1 - f0;
-    if (s->count)
-        begin(kind, few_first(kind, p, s, 0, f0, d0));
-    for (int64_t i = 0; i < s->count; i++) {
+    const int64_t wide = whole(p->F), n = a.f1 - a.f0;
+    if (a.i0 < a.i1)
+        begin(kind, few_first(kind, p, s, a.i0, a));
+    for (int64_t i = a.i0; i < a.i1; i++) {
         const float *x = s->x + s->choice[i] / p->K * (kind >= KIND_INT8 ? whole(p->D) : p->D);
-        float *g = s->hidden + i * 2 * wide + f0, *u = g + wide;
-        matrix gate = few_first(kind, p, s, i, f0, d0), up = rows_from(kind, gate, p->F, p->D);
-        const matrix next = few_first(kind, p, s, i + 1, f0, d0);
+        float *g = s->hidden + i * 2 * wide + a.f0, *u = g + wide;
+        matrix gate = few_first(kind, p, s, i, a), up = rows_from(kind, gate, p->F, p->D);
+        const matrix next = few_first(kind, p, s, i + 1, a);
         dots(kind, gate, n, p->D, x, g, p->gated ? up : next);
         if (p->gated)
             dots(kind, up, n, p->D, x, u, next);
@@ -64,21 +69,26 @@ INLINE void few_hidden(int kind, const few_problem *p, const few_scratch *s, int
     }
 }
 
-/* Outputs d0..d1 of all tokens. */
-INLINE void few_output(int kind, const few_problem *p, const few_scratch *s, float *y, int64_t d0, int64_t d1)
+/* The part's outputs, one choice apart from the other. */
+INLINE void few_output(int kind, const few_problem *p, const few_scratch *s, few_part a)
 {
-    const int64_t wide = whole(p->F), n = d1 - d0;
+    for (int64_t i = a.i0; i < a.i1; i++) {
+        const int64_t after = i + 1 < a.i1 ? i + 1 : i;
+        const matrix m = rows_from(kind, p->down, p->expert[s->choice[i]] * p->D + a.d0, p->F);
+        const matrix next = rows_from(kind, p->down, p->expert[s->choice[after]] * p->D + a.d0, p->F);
+        dots(kind, m, a.d1 - a.d0, p->F, s->hidden + i * 2 * whole(p->F), s->part + i * p->D + a.d0, next);
+    }
+}
+
+/* y d0..d1 of all tokens: the sum over their choices, in order. */
+INLINE void few_sum(const few_problem *p, const few_scratch *s, float *y, int64_t d0, int64_t d1)
+{
     for (int64_t t = 0; t < p->T; t++)
-        for (int64_t d = d0; d < d1; d++)
-            y[t * p->D + d] = 0.0f;
+        memset(y + t * p->D + d0, 0, (size_t)(4 * (d1 - d0)));
     for (int64_t i = 0; i < s->count; i++) {
-        const int64_t c = s->choice[i], last = i + 1 == s->count;
-        matrix m = rows_from(kind, p->down, p->expert[c] * p->D + d0, p->F);
-        const matrix next = rows_from(kind, p->down, p->expert[s->choice[i + !last]] * p->D + d0, p->F);
-        float *out = y + c / p->K * p->D + d0, *part = s->part + d0;
-        dots(kind, m, n, p->F, s->hidden + i * 2 * wide, part, next);
-        for (int64_t d = 0; d < n; d++)
-            out[d] = __builtin_fmaf(p->weight[c], part[d], out[d]);
+        float *out = y + s->choice[i] / p->K * p->D, weight = p->weight[s->choice[i]];
+        for (int64_t d = d0; d < d1; d++)
+            out[d] = __builtin_fmaf(weight, s->part[i * p->D + d], out[d]);
     }
 }
 
@@ -87,7 +97,7 @@ INLINE int few(int kind, const few_problem *p, float *y, int threads)
 {
     const int64_t T = p->T, D = p->D, F = p->F, choices = T * p->K, wide = whole(F);
     const int padded = kind >= KIND_INT8 && whole(D) != D;
-    const int64_t floats = choices * 2 * wide + D + (padded ? T * whole(D) : 0);
+    const int64_t floats = choices * (2 * wide + D) + (padded ? T * whole(D) : 0);
     char *memory = aligned_alloc(64, (size_t)(4 * floats + 8 * choices + 127) / 64 * 64);
     if (!memory)
         return 1;
@@ -100,7 +110,7 @@ INLINE int few(int kind, const few_problem *p, float *y, int threads)
     if (wide != F) /* what pads a block must be a number, since it is multiplied */
         memset(s.hidden, 0, (size_t)(4 * s.count * 2 * wide));
     if (padded) {
-        float *copy = s.part + D;
+        float *copy = s.part + choices * D;
         memset(copy, 0, (size_t)(4 * T * whole(D)));
         for (int64_t t = 0; t < T; t++)
             memcpy(copy + t * whole(D), p->x + t * D, (size_t)(4 * D));
@@ -110,9 +120,18 @@ INLINE int few(int kind, const few_problem *p, float *y, int threads)
     {
         const int64_t j = omp_get_thread_num(), n = omp_get_num_threads();
         const int64_t d0 = D * j / n, d1 = D * (j + 1) / n;
-        few_hidden(kind, p, &s, F * j / n, F * (j + 1) / n, d0);
+        if (s.count % n == 0) { /* whole experts each: longer stretches of memory, and nobody waits between */
+            const few_part own = {s.count * j / n, s.count * (j + 1) / n, 0, F, 0, D};
+            few_hidden(kind, p, &s, own);
+            few_output(kind, p, &s, own);
 #pragma omp barrier
-        few_output(kind, p, &s, y, d0, d1);
+        } else {
+            const few_part own = {0, s.count, F * j / n, F * (j + 1) / n, d0, d1};
+            few_hidden(kind, p, &s, own);
+#pragma omp barrier
+            few_output(kind, p, &s, own);
+        }
+        few_sum(p, &s, y, d0, d1);
     }
     free(memory);
     return 0;
