@@ -42,11 +42,11 @@ class Bank(nn.Module):
         self.role: Role = "expert"
         self.met: float = num_experts
 
-    def values(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The bank's direct parameters by name, those in `weights` in place of its own."""
-        own: dict[str, Any] = {n: p for n, p in self._parameters.items() if p is not None}
+    def values(self, weights: Mapping[str, Tensor] | None) -> Mapping[str, Any]:
+        """The bank's direct parameters by name (None = it has none), those in `weights` in place of its own."""
         if weights is None:
-            return own
+            return self._parameters
+        own: dict[str, Any] = {n: p for n, p in self._parameters.items() if p is not None}
         for name in weights:
             if name not in own:
                 raise UserError(f"weights: the bank has no parameter {name!r}{did_you_mean(name, own)}")

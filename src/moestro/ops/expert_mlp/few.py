@@ -33,10 +33,10 @@ def gated_few(
     [E, D, F] -> [T, D]. Raises `UserError` where a gradient is asked for (it has none) and for shapes that do not fit.
     """
     library = kernels(x)
-    if library is not None and ready(gate_up, down) and expert.is_cpu and weight.is_cpu:
+    if library is not None and ready(x, weight, gate_up, down) and expert.is_cpu and expert.dtype is torch.int64:
         activation_named(activation)  # nobody looks on, and going through the op would cost a tenth of a small layer
         check_few(x, expert, weight, gate_up, down)
-        return run(library, x, expert, weight, gate_up, down, activation)
+        return run(library, x, expert.contiguous(), weight, gate_up, down, activation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate_up, down)):
         raise UserError("gated_few has no gradient; run it under torch.no_grad, or use gated_mixture")
     activation_named(activation)

@@ -20,7 +20,10 @@ def few(x: Tensor, expert: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor
     if not x.dtype is gate_up.dtype is down.dtype is torch.float32:
         return None
     library = native.load()
-    return None if library is None else run(library, x, expert, weight, gate_up, down, activation)
+    if library is None:
+        return None
+    x, expert, weight = x.contiguous(), expert.long().contiguous(), weight.float().contiguous()
+    return run(library, x, expert, weight, gate_up.contiguous(), down.contiguous(), activation)
 
 
 def run(
@@ -32,13 +35,10 @@ def run(
     down: Tensor,
     activation: str,
 ) -> Tensor:
-    """The call itself, of fp32 tensors on the CPU whose shapes fit."""
+    """The call itself, of contiguous tensors on the CPU whose shapes fit; expert is int64, all others are fp32."""
     T, D = x.shape
     E, F = gate_up.shape[0], down.shape[2]
     K = expert.shape[1]
-    x, gate_up, down = x.contiguous(), gate_up.contiguous(), down.contiguous()
-    expert = (expert if expert.dtype is torch.int64 else expert.long()).contiguous()
-    weight = (weight if weight.dtype is torch.float32 else weight.float()).contiguous()
     y = torch.empty_like(x)
     failed = library.moestro_few_f32(
         y.data_ptr(),

@@ -80,14 +80,13 @@ INLINE void few_output(int kind, const few_problem *p, const few_scratch *s, few
     }
 }
 
-/* y d0..d1 of all tokens: the sum over their choices, in order. */
-INLINE void few_sum(const few_problem *p, const few_scratch *s, float *y, int64_t d0, int64_t d1)
+/* y [T, D]: the sum over each token's choices, in order. So little work that sharing it would cost more. */
+INLINE void few_sum(const few_problem *p, const few_scratch *s, float *y)
 {
-    for (int64_t t = 0; t < p->T; t++)
-        memset(y + t * p->D + d0, 0, (size_t)(4 * (d1 - d0)));
+    memset(y, 0, (size_t)(4 * p->T * p->D));
     for (int64_t i = 0; i < s->count; i++) {
         float *out = y + s->choice[i] / p->K * p->D, weight = p->weight[s->choice[i]];
-        for (int64_t d = d0; d < d1; d++)
+        for (int64_t d = 0; d < p->D; d++)
             out[d] = __builtin_fmaf(weight, s->part[i * p->D + d], out[d]);
     }
 }
@@ -119,20 +118,18 @@ INLINE int few(int kind, const few_problem *p, float *y, int threads)
 #pragma omp parallel num_threads(threads)
     {
         const int64_t j = omp_get_thread_num(), n = omp_get_num_threads();
-        const int64_t d0 = D * j / n, d1 = D * (j + 1) / n;
         if (s.count % n == 0) { /* whole experts each: longer stretches of memory, and nobody waits between */
             const few_part own = {s.count * j / n, s.count * (j + 1) / n, 0, F, 0, D};
             few_hidden(kind, p, &s, own);
             few_output(kind, p, &s, own);
-#pragma omp barrier
         } else {
-            const few_part own = {0, s.count, F * j / n, F * (j + 1) / n, d0, d1};
+            const few_part own = {0, s.count, F * j / n, F * (j + 1) / n, D * j / n, D * (j + 1) / n};
             few_hidden(kind, p, &s, own);
 #pragma omp barrier
             few_output(kind, p, &s, own);
         }
-        few_sum(p, &s, y, d0, d1);
     }
+    few_sum(p, &s, y);
     free(memory);
     return 0;
 }
