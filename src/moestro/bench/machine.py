@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ PACKAGES = ("moestro", "torch", "numpy", "transformers")
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, command line, processor and threads of this process; the accelerator where one is used."""
     about: dict[str, Any] = {
-        "command": " ".join(["moestro", *sys.argv[1:]]),
+        "command": shlex.join(["moestro", *sys.argv[1:]]),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
