@@ -85,7 +85,8 @@ def _panel(axes: Any, panel: Panel, colour: dict[str, str], ink: str) -> None:
     axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     if far:
         axes.xaxis.set_minor_formatter(lambda v, _: "")
-    axes.set_title(clip(panel.title, 80), fontsize=9)
+    title = clip(panel.title, 80)
+    axes.set_title(title, fontsize=9 if len(title) < 48 else 7.5)
     axes.set_xlabel(panel.unit)
 
 
