@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..core.errors import UserError
 from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan, demand, load, num_units
 from ..core.stats import Stats
 from ..core.trail import Record, Trail
+from ..core.version import __version__
 from .config import Recording
 from .read import read
 from .tables import Array, Counts, Layer, Sample, Table, Trace

@@ -61,7 +61,7 @@ def report_data(
     command: str = "",
 ) -> ReportData:
     """What the report shows of a run, read from its folder."""
-    from .. import __version__
+    from ..core.version import __version__
 
     record = corpus.record
     text = record["splits"]

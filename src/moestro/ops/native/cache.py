@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from ... import __version__
 from ...core.folders import user_cache
+from ...core.version import __version__
 from .compiler import Compiler, flags
 from .unavailable import Unavailable
 
