@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from moestro.core.plan import Plan
+from moestro.experts.config import Gated
 from moestro.ops import native as kernels
 from moestro.ops.expert_mlp import ACTIVATIONS, by_expert, native
 from moestro.ops.expert_mlp.problem import Grads, Problem, Wanted
 from moestro.ops.rows import rows
 from moestro.testing.compare import assert_close
+from ops import expert_cases
 from ops.kernel_cases import levels, loader
 from ops.ops_cases import generator, randn
 
@@ -107,6 +109,33 @@ def test_sizes(name: str) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_routings(routing: str, activation: str) -> None:
     check(problem(90, 37, 29, 6, routing=routing, activation=activation))
+
+
+def test_a_bank_that_is_changed_in_place_or_moved_computes_with_what_it_is_now() -> None:
+    bank = Gated(width=24).build(dim=16, num_experts=4).eval()
+    plan = Plan(expert=torch.tensor([[0, 3]] * 9), weight=torch.ones(9, 2), num_experts=4, complete=True)
+
+    def check_now(tolerance: float) -> None:
+        with torch.no_grad():
+            for T in (1, 9):  # the few-token path, and rows
+                part = dataclasses.replace(plan, expert=plan.expert[:T], weight=plan.weight[:T])
+                x = randn(9, 16)[:T].to(bank.down.dtype)
+                exact = [t.detach().double() for t in (bank.gate_up, bank.down)]
+                want = expert_cases.gated_mixture(x, part.weight, rows(part), *exact)
+                assert_close("y", bank.mixture(x, part).float(), want, tolerance)
+
+    check_now(2e-6)
+    with torch.no_grad():
+        bank.down[3].mul_(2)
+    check_now(2e-6)
+    bank.load_state_dict({n: t + 1 for n, t in bank.state_dict().items()})
+    check_now(2e-6)
+    bank.to(torch.bfloat16)
+    check_now(2e-2)
+    bank.to(torch.float32)
+    check_now(2e-6)
+    bank.double()
+    check_now(1e-6)
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from .bench_show import footer, print_goals, print_json, say, show, write
+from .bench_show import present, say
 from .parse import parse
 
 __all__ = ["main"]
@@ -68,13 +67,4 @@ def main(args: Sequence[str]) -> int:
         budget=options.budget,
         say=say,
     )
-    say("")
-    write(options.out, record)
-    stream = sys.stderr if options.json else sys.stdout
-    for table in regime_tables(record):
-        show(stream, table)
-    print_goals(stream, record)
-    footer(stream, record)
-    if options.json:
-        print_json(record)
-    return 0
+    return present(record, regime_tables(record), options.out, options.json)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..bench.tables import Table, about, goals_table
 from .style import print_table
 
-__all__ = ["footer", "print_goals", "print_json", "say", "show", "write"]
+__all__ = ["footer", "present", "print_goals", "print_json", "say", "show", "write"]
 
 
 def say(line: str) -> None:
@@ -50,3 +50,17 @@ def write(out: Path | None, record: Mapping[str, Any]) -> None:
 
 def print_json(record: Mapping[str, Any]) -> None:
     print(json.dumps(record))
+
+
+def present(record: Mapping[str, Any], tables: Iterable[Table], out: Path | None, json_wanted: bool) -> int:
+    """Everything about a finished record: its files, its tables and goals, and one line of JSON where it is wanted."""
+    say("")
+    write(out, record)
+    stream = sys.stderr if json_wanted else sys.stdout
+    for table in tables:
+        show(stream, table)
+    print_goals(stream, record)
+    footer(stream, record)
+    if json_wanted:
+        print_json(record)
+    return 0
