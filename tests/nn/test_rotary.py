@@ -102,6 +102,29 @@ def test_yarn_as_released() -> None:
         assert float(got[j]) == pytest.approx(theta / s * ramp + theta * (1 - ramp), rel=1e-12)
 
 
+def test_yarn_between_bounds_that_are_not_rounded() -> None:
+    s, L, b, width = 32.0, 4096, 150_000.0, 64
+    config = Rotary(base=b, scaling=YaRN(factor=s, original_context=L, as_released=True, truncate=False))
+    got, _ = frequencies(config, width)
+    low, high = (width * math.log(L / (turns * 2 * math.pi)) / (2 * math.log(b)) for turns in (32, 1))
+    for j in range(width // 2):
+        theta = b ** (-2 * j / width)
+        ramp = min(1.0, max(0.0, (j - low) / (high - low)))
+        assert float(got[j]) == pytest.approx(theta / s * ramp + theta * (1 - ramp), rel=1e-12)
+    rounded, _ = frequencies(config.replace(scaling=YaRN(factor=s, original_context=L, as_released=True)), width)
+    assert not torch.equal(got, rounded)
+
+
+def test_two_mscales_make_the_attention_factor() -> None:
+    both = YaRN(factor=40.0, mscale=0.7, mscale_all_dim=1.3)
+    want = (0.07 * math.log(40) + 1) / (0.13 * math.log(40) + 1)
+    assert frequencies(Rotary(scaling=both), 8)[1] == pytest.approx(want)
+    assert frequencies(Rotary(scaling=both.replace(mscale=1.3)), 8)[1] == 1.0
+    for alone in (both.replace(mscale=None), both.replace(mscale_all_dim=None)):
+        assert frequencies(Rotary(scaling=alone), 8)[1] == pytest.approx(0.1 * math.log(40) + 1)
+    assert frequencies(Rotary(scaling=both.replace(attention_factor=1.1)), 8)[1] == 1.1
+
+
 def test_the_attention_factor_scales_scores_by_its_square() -> None:
     q, k = torch.randn(2, 1, 4, 2, 8, dtype=torch.float64)
     plain = Rotary(scaling=YaRN(factor=4.0, attention_factor=1.0)).build(8)

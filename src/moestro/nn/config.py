@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
@@ -45,10 +46,20 @@ class YaRN(Scaling):
     beta_slow: float = 1.0
     """Dimensions that turn less often than this are interpolated fully."""
     attention_factor: float | None = None
-    """Factor on queries and on keys; None = 0.1 ln(factor) + 1."""
+    """Factor on queries and on keys; None = 0.1 ln(factor) + 1, or what mscale and mscale_all_dim say."""
+    mscale: float | None = None
+    """With mscale_all_dim, attention_factor None = (0.1 mscale ln(factor) + 1) / (the same with mscale_all_dim)."""
+    mscale_all_dim: float | None = None
+    """Latent attention multiplies its scores by (0.1 mscale_all_dim ln(factor) + 1)^2 (DeepSeek-V2 and V3)."""
     as_released: bool = False
-    """Ramp over the dimension index between rounded bounds, as in the authors' code and all released checkpoints;
+    """Ramp over the dimension index between two bounds, as in the authors' code and all released checkpoints;
     otherwise over the number of turns, as in the paper."""
+    truncate: bool = True
+    """As released only: whether those bounds are rounded outwards to whole indices (GPT-OSS: they are not)."""
+
+    def sharpness(self, mscale: float) -> float:
+        """0.1 mscale ln(factor) + 1."""
+        return 0.1 * mscale * math.log(self.factor) + 1.0
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_context < 1 or self.beta_fast <= self.beta_slow:

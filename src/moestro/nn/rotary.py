@@ -33,14 +33,18 @@ def frequencies(config: RotaryConfig, width: int) -> tuple[Tensor, float]:
             width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(config.base))
             for turns in (scaling.beta_fast, scaling.beta_slow)
         )
-        low, high = max(math.floor(low), 0), min(math.ceil(high), width - 1)
-        kept = 1 - ((pair / 2 - low) / max(high - low, 1e-3)).clamp(0, 1)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        kept = 1 - ((pair / 2 - low) / ((high - low) or 1e-3)).clamp(0, 1)
     else:
         turns = scaling.original_context * theta / (2 * math.pi)
         kept = ((turns - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow)).clamp(0, 1)
     factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0
+    if factor is None and scaling.mscale and scaling.mscale_all_dim:
+        factor = scaling.sharpness(scaling.mscale) / scaling.sharpness(scaling.mscale_all_dim)
+    elif factor is None:
+        factor = scaling.sharpness(1.0)
     return theta * kept + theta / scaling.factor * (1 - kept), factor
 
 
