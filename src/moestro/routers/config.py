@@ -31,6 +31,7 @@ __all__ = [
     "MLP",
     "Mix",
     "Noisy",
+    "Partition",
     "Priority",
     "Random",
     "RandomSecond",
@@ -204,6 +205,14 @@ class Random(Select):
 
     def __post_init__(self) -> None:
         self.positive("k")
+
+
+@config
+class Partition(Select):
+    """The units of a batch shuffled and cut into equal parts, one per expert, in training (EWA); in evaluation every
+    unit draws for itself, as with Random."""
+
+    builds: ClassVar[str] = "moestro.routers.unscored:PartitionSelect"
 
 
 @config

@@ -40,6 +40,7 @@ def examples() -> dict[str, cfg.Router]:
         "random-token": cfg.Router(score=cfg.Uniform(), select=cfg.Random(k=2), weigh=cfg.Constant()),
         "random-sequence": cfg.Router(score=cfg.Uniform(), select=cfg.Random(level="sequence"), weigh=cfg.Constant()),
         "random-batch": cfg.Router(score=cfg.Uniform(), select=cfg.Random(level="batch"), weigh=cfg.Constant()),
+        "partition": cfg.Router(score=cfg.Uniform(), select=cfg.Partition(), weigh=cfg.Constant()),
         "gumbel": cfg.Router(select=cfg.Gumbel(k=2)),
         "gumbel-always": cfg.Router(score=cfg.MLP(hidden=12), select=cfg.Gumbel(k=1, when="always"), weigh=raw),
         "all": cfg.Router(select=cfg.All(), weigh=raw),

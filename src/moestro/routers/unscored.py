@@ -13,7 +13,7 @@ from .order import highest
 from .select import check_k, passing_over
 from .steps import Choice, Scores, SelectStep, unit_ids
 
-__all__ = ["GumbelSelect", "LabelSelect", "RandomSelect"]
+__all__ = ["GumbelSelect", "LabelSelect", "PartitionSelect", "RandomSelect"]
 
 
 class LabelSelect(SelectStep):
@@ -67,6 +67,33 @@ class RandomSelect(SelectStep):
             return signals.unit_id - signals.position
         assert signals.segment is not None
         return signals.segment
+
+
+class PartitionSelect(SelectStep):
+    """Random uniform partition (arXiv 2308.06093): a permutation of the batch's units cut into one part per expert.
+
+    Loads differ by one at most: the first T mod E experts take one unit more. Padding takes no place. The order is a
+    hash of the seed and of units' numbers, so no unit's content matters; several ranks cut their own units. Evaluation
+    has no batch to cut (a token alone must come out as in its sequence): each unit draws by its number then.
+    """
+
+    def __init__(self, config: cfg.Partition, num_experts: int, num_ids: int) -> None:
+        super().__init__()
+        self.top_k, self.num_ids = 1, num_ids
+
+    def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
+        if not self.training:
+            return Choice(expert=highest(uniform(signals.seed, unit_ids(signals, x), self.num_ids), 1), complete=True)
+        draw = uniform(signals.seed, unit_ids(signals, x), 1, dtype=torch.float64)[:, 0]
+        if scores.valid is not None:
+            draw = torch.where(scores.valid, draw, 2.0)  # padding comes last
+        order = torch.sort(draw, stable=True).indices
+        present = x.shape[0] if scores.valid is None else scores.valid.sum()
+        size, larger = present // self.num_ids, present % self.num_ids
+        place = torch.arange(x.shape[0], device=x.device)
+        rest = larger + (place - larger * (size + 1)) // (size + (size == 0))
+        expert = torch.where(place < larger * (size + 1), place // (size + 1), rest).clamp_max(self.num_ids - 1)
+        return Choice(expert=torch.empty_like(expert).index_copy(0, order, expert)[:, None], complete=True)
 
 
 class GumbelSelect(SelectStep):
