@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import UserError
 from ..core.signals import Signals
 from ..ops.few import attend_one
 from .cache import KVCache
 from .config import Attention as AttentionConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
-from .mask import visible
+from .mask import kernel_mask, per_row
 from .norm import RMSNorm, plain
+from .operator import Operator, mean_map
 from .rotary import Rotary
 
 __all__ = ["Attention"]
 
-Operator = Callable[[Tensor], Tensor]
 HeadNorms = tuple[Tensor, Tensor, float]  # weights for queries and keys, epsilon
 
 
@@ -76,7 +73,7 @@ class Attention(nn.Module):
         self, x: Tensor, signals: Signals | None = None, state: KVCache | None = None, operator: bool = False
     ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
         B, S, _ = x.shape
-        valid, position, segment = _per_row(signals, B, S)
+        valid, position, segment = per_row(signals, B, S)
         own: dict[str, Any] = self._modules  # as self.q and so on, for a quarter of the time
         q, k, v = products(x, own["q"], own["k"], own["v"])
         one = S == 1 and state is not None and valid is None and position is None and segment is None
@@ -108,7 +105,7 @@ class Attention(nn.Module):
             if not fresh:
                 k, v = state.seen()
                 key_valid, key_segment = state.marks()
-        mask, causal = self._mask(S, k.shape[2], key_valid, key_segment, segment, x.device)
+        mask, causal = kernel_mask(S, k.shape[2], self.window, key_valid, key_segment, segment, x.device)
         if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         y = self._attend(q, k, v, mask, causal)
@@ -124,34 +121,6 @@ class Attention(nn.Module):
             return self.q_norm(q), self.k_norm(k)
         heads = (-1, self.head_dim)
         return self.q_norm(q.unflatten(2, heads)).flatten(2), self.k_norm(k.unflatten(2, heads)).flatten(2)
-
-    def _mask(
-        self,
-        queries: int,
-        keys: int,
-        valid: Tensor | None,
-        segment: Tensor | None,
-        query_segment: Tensor | None,
-        device: torch.device,
-    ) -> tuple[Tensor | None, bool]:
-        """The mask and whether the kernel's own causal path says the same without one."""
-        plain = valid is None and segment is None
-        if plain and queries == 1:
-            return None, False
-        if plain and queries == keys and (self.window is None or keys <= self.window):
-            return None, True
-        if segment is not None and query_segment is None:
-            query_segment = segment[:, keys - queries :]
-        mask = visible(
-            queries,
-            keys,
-            window=self.window,
-            valid=valid,
-            segment=segment,
-            query_segment=query_segment,
-            device=device,
-        )
-        return mask, False
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -191,22 +160,7 @@ class Attention(nn.Module):
         return attend
 
     def _operator(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Operator:
-        B, _, S, d = q.shape
-        held = k.shape[2]
-
-        def attend(value: Tensor) -> Tensor:
-            if value.ndim != 2 or value.shape[0] % B or value.shape[0] < B * held:
-                raise UserError(
-                    f"attend takes v [B*N, C] with B {B} sequences and N >= {held} units each, not {list(value.shape)}"
-                )
-            C = value.shape[1]
-            v = value.view(B, -1, C)[:, -held:].to(q.dtype)
-            # The fast kernels want values as wide as queries.
-            v = F.pad(v, (0, -C % d))[:, None].expand(-1, k.shape[1], -1, -1)
-            parts = [self._attend(q, k, part, mask, causal).mean(1) for part in v.split(d, dim=-1)]
-            return torch.cat(parts, dim=-1)[..., :C].reshape(B * S, C).to(value.dtype)
-
-        return attend
+        return mean_map(lambda v: self._attend(q, k, v, mask, causal), q, k)
 
     def new_state(self, capacity: int) -> KVCache:
         """An empty cache for at most `capacity` tokens."""
@@ -219,18 +173,3 @@ class Attention(nn.Module):
     def extra_backward_flops(self, seq_len: int) -> int:
         """What a backward pass costs beyond two forward passes: the scores are computed again."""
         return self.extra_flops(seq_len) // 2
-
-
-def _per_row(signals: Signals | None, B: int, S: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """valid, position and segment as [B, S]."""
-    if signals is None or (signals.valid is None and signals.position is None and signals.segment is None):
-        return None, None, None
-    out: list[Tensor | None] = []
-    for name in ("valid", "position", "segment"):
-        tensor: Tensor | None = getattr(signals, name)
-        if tensor is not None and tensor.numel() != B * S:
-            raise UserError(
-                f"Signals.{name} has {tensor.numel()} entries for {B} x {S} tokens; it is flat, one per token"
-            )
-        out.append(None if tensor is None else tensor.view(B, S))
-    return out[0], out[1], out[2]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["visible"]
+from ..core.errors import UserError
+from ..core.signals import Signals
+
+__all__ = ["kernel_mask", "per_row", "visible"]
 
 
 def visible(
@@ -40,3 +43,44 @@ def visible(
     if segment is not None and query_segment is not None:
         mask = mask & (segment[:, None, None, :] == query_segment[:, None, :, None])
     return mask | (place == own)
+
+
+def kernel_mask(
+    queries: int,
+    keys: int,
+    window: int | None,
+    valid: Tensor | None,
+    segment: Tensor | None,
+    query_segment: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor | None, bool]:
+    """The mask of causal attention, as `visible`, and whether a kernel's own causal path says the same without one.
+
+    Shapes: valid [B, N] bool; segment [B, N], query_segment [B, S] int64, by default that of the last S keys.
+    """
+    plain = valid is None and segment is None
+    if plain and queries == 1:
+        return None, False
+    if plain and queries == keys and (window is None or keys <= window):
+        return None, True
+    if segment is not None and query_segment is None:
+        query_segment = segment[:, keys - queries :]
+    mask = visible(
+        queries, keys, window=window, valid=valid, segment=segment, query_segment=query_segment, device=device
+    )
+    return mask, False
+
+
+def per_row(signals: Signals | None, B: int, S: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """valid, position and segment as [B, S]. Raises `UserError` for signals of another length."""
+    if signals is None or (signals.valid is None and signals.position is None and signals.segment is None):
+        return None, None, None
+    out: list[Tensor | None] = []
+    for name in ("valid", "position", "segment"):
+        tensor: Tensor | None = getattr(signals, name)
+        if tensor is not None and tensor.numel() != B * S:
+            raise UserError(
+                f"Signals.{name} has {tensor.numel()} entries for {B} x {S} tokens; it is flat, one per token"
+            )
+        out.append(None if tensor is None else tensor.view(B, S))
+    return out[0], out[1], out[2]
