@@ -25,6 +25,8 @@ VARIANTS = {
     "full_norm": Attention(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="full"),
     "window": Attention(num_heads=2, num_kv_heads=1, head_dim=8, window=3),
     "unscaled": Attention(num_heads=2, head_dim=4, scale=1.0, positions=None),
+    "sinks": Attention(num_heads=6, num_kv_heads=2, head_dim=4, bias="all", sinks=True),
+    "sinks_window": Attention(num_heads=4, num_kv_heads=2, head_dim=8, window=3, qk_norm="head", sinks=True),
     "partial": Attention(num_heads=2, head_dim=8, positions=Rotary(fraction=0.5, style="interleaved")),
 }
 
@@ -82,7 +84,9 @@ def oracle(
                 if not seen:
                     continue
                 score = torch.stack([q[b, i, h] @ k[b, j, h // group] * scale for j in seen])
-                p = torch.softmax(score, 0)
+                if m.sinks is not None:
+                    score = torch.cat((score, m.sinks[h].view(1)))
+                p = torch.softmax(score, 0)[: len(seen)]
                 heads[b, i, h] = sum(w * v[b, j, h // group] for w, j in zip(p, seen))  # type: ignore[assignment]
                 if mixed is not None and value is not None:
                     mixed[b, i] += sum(w * value[b, j] for w, j in zip(p, seen)) / m.num_heads
@@ -98,7 +102,7 @@ def test_equals_the_oracle(name: str) -> None:
         assert_close("y", y, oracle(m, x)[0], 1e-6)
 
 
-@pytest.mark.parametrize("name", ["grouped", "window", "head_norm"])
+@pytest.mark.parametrize("name", ["grouped", "window", "head_norm", "sinks", "sinks_window"])
 def test_padding_segments_and_positions(name: str) -> None:
     m, x = make(VARIANTS[name]), inputs()
     valid = torch.ones(B, S, dtype=torch.bool)
@@ -156,7 +160,7 @@ def test_cached_passes_equal_the_whole(name: str, chunks: tuple[int, ...], grad:
     assert_close("y", torch.cat(parts, 1), want, 1e-6)
 
 
-@pytest.mark.parametrize("name", ["grouped", "window"])
+@pytest.mark.parametrize("name", ["grouped", "window", "sinks", "sinks_window"])
 def test_cached_passes_with_padding_on_the_left(name: str) -> None:
     m, x = make(VARIANTS[name]), inputs()
     valid = torch.ones(B, S, dtype=torch.bool)
@@ -174,6 +178,58 @@ def test_cached_passes_with_padding_on_the_left(name: str) -> None:
                 parts.append(y)
                 at += n
             assert_close("y", torch.cat(parts, 1)[valid], want[valid], 1e-6)
+
+
+def test_a_sink_is_an_absent_key() -> None:
+    """Far below all scores it changes nothing; far above them nothing is seen; the operator's rows lack its share."""
+    m, x = make(VARIANTS["sinks"]), inputs()
+    without = VARIANTS["sinks"].replace(sinks=False).build(D).double()
+    without.load_state_dict({n: t for n, t in m.state_dict().items() if n != "sinks"})
+    assert m.sinks is not None
+    ones = torch.ones(B * S, 1, dtype=torch.float64)
+    with torch.no_grad():
+        m.sinks.fill_(-90.0)
+        assert_close("a sink far below", m(x)[0], without(x)[0], 1e-12)
+        m.sinks.fill_(90.0)
+        y, _, attend = m(x, None, None, operator=True)
+        assert_close("a sink far above", y, m.o.bias.expand_as(y), 1e-12)
+        assert float(attend(ones).max()) < 1e-9
+        m.sinks.fill_(0.0)
+        m.q.weight.zero_()
+        m.q.bias.zero_()
+        share = m(x, None, None, operator=True)[2](ones).view(B, S)
+        want = torch.arange(1, S + 1, dtype=torch.float64) / torch.arange(2, S + 2, dtype=torch.float64)
+        assert_close("n equal keys and a sink", share, want.expand(B, S), 1e-12)
+
+
+def test_sinks_in_low_precision() -> None:
+    m, x = make(VARIANTS["sinks"]), inputs()
+    low = make(VARIANTS["sinks"]).to(torch.bfloat16)
+    want = m(x)[0]
+    assert_close("bf16", low(x.to(torch.bfloat16))[0], want, 2e-2)
+    state = low.new_state(S)
+    with torch.no_grad():
+        parts = []
+        for part in x.to(torch.bfloat16).split(1, dim=1):
+            y, state = low(part, None, state)
+            parts.append(y)
+    assert_close("bf16, token by token", torch.cat(parts, 1), want, 2e-2)
+
+
+def test_the_kernel_gets_no_mask_for_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, object]] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args: Tensor, **kwargs: object) -> Tensor:
+        calls.append(kwargs)
+        return kernel(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    m, x = make(VARIANTS["sinks"]), inputs()
+    with torch.no_grad():
+        _, state = m(x, None, m.new_state(S + 1))
+        m(x[:, :1], None, state)
+    assert [(c["attn_mask"], c["is_causal"]) for c in calls] == [(None, True)], "one token needs no fused kernel"
 
 
 def test_a_window_bounds_the_cache() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from moestro.core.errors import UserError
 from moestro.core.params import ParamInfo, describe
 from moestro.models.examples import examples
-from moestro.nn import Attention, FeedForward, RMSNorm
+from moestro.nn import Attention, FeedForward, LayerNorm, RMSNorm
 from moestro.nn.init import initialise
 from moestro.ops.expert_mlp.naive import gated_mlp
 from moestro.testing.compare import assert_close
@@ -37,6 +37,27 @@ def test_norm_computes_in_fp32(weights: torch.dtype) -> None:
     assert torch.equal(got, want.to(torch.float32).to(torch.bfloat16)), "only the result is rounded"
     half = torch.full((1, 512), 300.0, dtype=torch.float16)
     assert_close("no overflow of squares in fp16", norm(half), torch.ones(1, 512, dtype=torch.float16), 1e-3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_by_its_formula(bias: bool) -> None:
+    norm = LayerNorm(eps=0.1, bias=bias).build(7).double()
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(torch.randn(7))
+    x = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    away = x - x.mean(-1, keepdim=True)
+    want = away / (away.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight + (norm.bias if bias else 0)
+    assert_close("y", norm(x), want, 1e-12)
+    assert torch.autograd.gradcheck(norm, (x,))
+    low = LayerNorm().build(512).to(torch.bfloat16)
+    rows = (300 * torch.randn(4, 512)).to(torch.bfloat16)
+    got, exact = low(rows), torch.nn.functional.layer_norm(rows.float(), (512,))
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, exact.to(torch.bfloat16)), "only the result is rounded"
+    info = describe(LayerNorm().build(4))
+    assert info["weight"].ones
+    assert (info["bias"].role, info["bias"].init_std, info["bias"].decay) == ("norm", 0.0, False)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moestro.core.errors import UserError
-from moestro.nn import Rotary, YaRN
+from moestro.nn import Attention, LongRoPE, Rotary, YaRN
 from moestro.nn.rotary import frequencies, rotate
 from moestro.testing.compare import assert_close
 
@@ -131,6 +131,66 @@ def test_the_attention_factor_scales_scores_by_its_square() -> None:
     sharp = Rotary(scaling=YaRN(factor=4.0, attention_factor=1.5)).build(8)
     scores = [torch.einsum("bshd,bthd->hst", *rotary(q, k, None)) for rotary in (plain, sharp)]
     assert_close("scores", scores[1], 2.25 * scores[0], 1e-6)
+
+
+LONG = LongRoPE(
+    short_factor=(1.0, 1.5, 2.0), long_factor=(1.0, 4.0, 9.0), original_context=4, short_scale=1.1, long_scale=1.3
+)
+
+
+def turned(x: torch.Tensor, start: int, divisor: tuple[float, ...], scale: float) -> torch.Tensor:
+    """x [B, S, H, 6] float64 by its definition: angle p / (divisor_j * base^(2j/6)), times the scale."""
+    position = torch.arange(start, start + x.shape[1]).expand(x.shape[0], -1)
+    theta = torch.tensor([10_000.0 ** (-2 * j / 6) / divisor[j] for j in range(3)], dtype=torch.float64)
+    return by_complex_numbers(x, position, theta, "half") * scale
+
+
+def test_longrope_chooses_by_the_last_position_of_a_pass() -> None:
+    assert LONG.short_factor
+    assert LONG.long_factor
+    short, long = (LONG.short_factor, LONG.short_scale), (LONG.long_factor, LONG.long_scale)
+    x = torch.randn(2, 5, 1, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotary = Rotary(scaling=LONG).build(6)
+    for start, n, case in ((0, 4, short), (0, 5, long), (1, 3, short), (5, 3, long)):
+        want = turned(x[:, :n], start, *case)
+        assert_close(f"{n} from {start}", rotary(x[:, :n], x[:, :n], None, start)[0], want, 1e-6)
+    place = torch.tensor([[0, 1, 2], [1, 2, 3]])
+    for shift, case in ((0, short), (1, long)):
+        want = torch.cat([turned(x[r : r + 1, :3], r + shift, *case) for r in (0, 1)])
+        assert_close(f"given positions + {shift}", rotary(x[:, :3], x[:, :3], place + shift)[0], want, 1e-6)
+    for use, case in (("short", short), ("long", long)):
+        fixed = Rotary(scaling=LONG.replace(use=use)).build(6)
+        assert_close(use, fixed(x, x, None, start=2)[0], turned(x, 2, *case), 1e-6)
+    assert torch.equal(rotary.to(torch.bfloat16).long_frequency, frequencies(Rotary(scaling=LONG), 6, True)[0].float())
+    plain = Rotary(scaling=LongRoPE()).build(6)
+    assert_close("no factors", plain(x, x, None)[0], Rotary().build(6)(x, x, None)[0], 0.0)
+
+
+def test_longrope_in_cached_passes() -> None:
+    """Inside one set they equal the whole; where the set changes half-way they are refused."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 12)
+    for use, first in (("auto", 5), ("long", 2), ("short", 2)):
+        m = Attention(num_heads=2, positions=Rotary(scaling=LONG.replace(use=use))).build(12)
+        with torch.no_grad():
+            want, state, parts = m(x)[0], m.new_state(8), []
+            for part in x.split((first,) + (1,) * (8 - first), dim=1):
+                y, state = m(part, None, state)
+                parts.append(y)
+        assert_close(f"{use}, token by token", torch.cat(parts, 1), want, 1e-5)
+    for grad in (True, False):
+        m = Attention(num_heads=2, positions=Rotary(scaling=LONG)).build(12)
+        with torch.set_grad_enabled(grad):
+            _, state = m(x[:, :4], None, m.new_state(8))
+            with pytest.raises(UserError, match=r"beyond the original context of 4 tokens.*use=\"long\""):
+                m(x[:, 4:5], None, state)
+
+
+def test_longrope_errors() -> None:
+    with pytest.raises(UserError, match="2 factors for 3 rotated pairs"):
+        Rotary(scaling=LongRoPE(short_factor=(1.0, 2.0), long_factor=(1.0, 2.0))).build(6)
+    with pytest.raises(UserError, match="must be positive"):
+        LongRoPE(short_factor=(0.0, 1.0))
 
 
 def test_frequencies_survive_casts_and_the_meta_device() -> None:

@@ -2,6 +2,34 @@
 
 from __future__ import annotations
 
-from .config import Attention, FeedForward, Mixer, Norm, Positions, RMSNorm, Rotary, Scaling, YaRN
+from .config import (
+    Attention,
+    FeedForward,
+    Interpolated,
+    LayerNorm,
+    Llama3,
+    LongRoPE,
+    Mixer,
+    Norm,
+    Positions,
+    RMSNorm,
+    Rotary,
+    Scaling,
+    YaRN,
+)
 
-__all__ = ["Attention", "FeedForward", "Mixer", "Norm", "Positions", "RMSNorm", "Rotary", "Scaling", "YaRN"]
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "Interpolated",
+    "LayerNorm",
+    "Llama3",
+    "LongRoPE",
+    "Mixer",
+    "Norm",
+    "Positions",
+    "RMSNorm",
+    "Rotary",
+    "Scaling",
+    "YaRN",
+]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal, overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.params import ParamInfo
 from ..core.signals import Signals
 from ..ops.few import attend_one
+from . import sinks
 from .cache import KVCache
 from .config import Attention as AttentionConfig
 from .config import RMSNorm as RMSNormConfig
@@ -53,6 +56,7 @@ class Attention(nn.Module):
         self.k = nn.Linear(dim, narrow, bias=bias)
         self.v = nn.Linear(dim, narrow, bias=bias)
         self.o = nn.Linear(wide, dim, bias=config.bias == "all")
+        self.sinks = nn.Parameter(torch.zeros(self.num_heads)) if config.sinks else None
         norm = RMSNormConfig(eps=config.norm_eps)
         sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (wide, narrow)
         self.q_norm = RMSNorm(norm, sizes[0]) if config.qk_norm else None
@@ -123,6 +127,11 @@ class Attention(nn.Module):
         return self.q_norm(q.unflatten(2, heads)).flatten(2), self.k_norm(k.unflatten(2, heads)).flatten(2)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        if self.sinks is not None:
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            if q.shape[2] == 1 and mask is None:
+                return sinks.attend_one(q, k, v, self.sinks, scale)
+            return sinks.attend(q, k, v, self.sinks, scale, mask, causal)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
@@ -139,7 +148,7 @@ class Attention(nn.Module):
     def _one(self, q: Tensor, k: Tensor, v: Tensor, state: KVCache, norms: HeadNorms | None) -> Tensor | None:
         """One new token per sequence, its key and value written into the cache; or None, and nothing is written."""
         turn = self.positions
-        if not state.has_place() or not (turn is None or type(turn) is Rotary):
+        if not state.has_place() or not (turn is None or type(turn) is Rotary) or self.sinks is not None:
             return None
         assert state.key is not None
         assert state.value is not None
@@ -166,8 +175,13 @@ class Attention(nn.Module):
         """An empty cache for at most `capacity` tokens."""
         return KVCache(capacity=capacity)
 
+    def param_info(self) -> dict[str, ParamInfo]:
+        return {"sinks": ParamInfo(role="attention", decay=False, init_std=0.0)}
+
     def extra_flops(self, seq_len: int) -> int:
         """Forward FLOPs per token of scores and of their product with the values: all pairs, causal or not."""
+        if self.sinks is not None and seq_len > 1:
+            return 4 * self.num_heads * sinks.widened(self.head_dim) * (seq_len + 1) ** 2 // seq_len
         return 4 * self.num_heads * self.head_dim * seq_len
 
     def extra_backward_flops(self, seq_len: int) -> int:

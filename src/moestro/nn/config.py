@@ -25,6 +25,17 @@ class RMSNorm(Norm):
     """Added to the mean square."""
 
 
+@config
+class LayerNorm(Norm):
+    """(x - mean) / standard deviation * gain + bias, computed in fp32 (Ba et al. 2016)."""
+
+    builds: ClassVar[str] = "moestro.nn.norm:LayerNorm"
+    eps: float = 1e-5
+    """Added to the variance."""
+    bias: bool = True
+    """Whether a learned bias is added."""
+
+
 # Positions ----------------------------------------------------------------------------------------------------------
 
 
@@ -64,6 +75,61 @@ class YaRN(Scaling):
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_context < 1 or self.beta_fast <= self.beta_slow:
             raise UserError("YaRN: needs factor >= 1, original_context >= 1 and beta_fast > beta_slow")
+
+
+@config
+class LongRoPE(Scaling):
+    """LongRoPE (Ding et al. 2024, arXiv 2402.13753): a searched divisor for every frequency, one set for passes within
+    the original context and one for longer ones."""
+
+    short_factor: tuple[float, ...] = ()
+    """Divisor of each frequency in passes that stay within the original context, one per rotated pair; () = ones."""
+    long_factor: tuple[float, ...] = ()
+    """Divisor of each frequency in longer passes; () = ones."""
+    original_context: int = 4096
+    """Context length of the original training."""
+    short_scale: float = 1.0
+    """Factor on queries and on keys in short passes."""
+    long_scale: float = 1.0
+    """Factor on queries and on keys in long passes."""
+    use: Literal["auto", "short", "long"] = "auto"
+    """Which set: by the last position of a pass, or always one of them. Cached passes must not change sets half-way, so
+    generation across the original context needs "long" (or "short")."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "original_context")
+        self.positive("short_scale", "long_scale")
+        if min(*self.short_factor, *self.long_factor, 1.0, 1.0) <= 0:
+            raise UserError("LongRoPE: every factor must be positive")
+
+
+@config
+class Interpolated(Scaling):
+    """Linear interpolation (Chen et al. 2023, arXiv 2306.15595): all rotations are slowed by the same factor."""
+
+    factor: float = 4.0
+    """Longest context divided by the original one."""
+
+    def __post_init__(self) -> None:
+        self.positive("factor")
+
+
+@config
+class Llama3(Scaling):
+    """Llama 3.1's stretching (arXiv 2407.21783): slow rotations by the factor, fast ones not, a ramp over turns between."""
+
+    factor: float = 8.0
+    """How much slow rotations are stretched."""
+    low: float = 1.0
+    """Dimensions that turn less often than this within the original context are stretched fully."""
+    high: float = 4.0
+    """Dimensions that turn more often than this are left alone."""
+    original_context: int = 8192
+    """Context length of the original training."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1 or self.original_context < 1 or self.high <= self.low:
+            raise UserError("Llama3: needs factor >= 1, original_context >= 1 and high > low")
 
 
 @config
@@ -121,6 +187,8 @@ class Attention(Mixer):
     """Position encoding of queries and keys; None = none."""
     scale: float | None = None
     """Factor on the scores; None = head_dim ** -0.5."""
+    sinks: bool = False
+    """Whether every head has a learned logit that joins the softmax and stands for looking at nothing (GPT-OSS)."""
 
     def __post_init__(self) -> None:
         kv = self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
@@ -136,6 +204,46 @@ class Attention(Mixer):
         if dim % self.num_heads:
             raise UserError(f"Attention: dim {dim} is no multiple of num_heads {self.num_heads}; set head_dim")
         return dim // self.num_heads
+
+
+@config
+class LatentAttention(Mixer):
+    """Causal attention whose keys and values are made from one small vector per token (multi-head latent attention).
+
+    A head's key is [nope | rope]: a part that is made from the compressed vector, and a rotated part that all heads
+    share. The cache holds `cache_width` numbers per token.
+    """
+
+    builds: ClassVar[str] = "moestro.nn.latent:LatentAttention"
+    num_heads: int = 4
+    """Heads."""
+    q_rank: int | None = None
+    """Width that queries are compressed to; None = they are not."""
+    kv_rank: int = 64
+    """Width that keys and values are compressed to."""
+    nope_dim: int = 32
+    """Width of the part of a head's queries and keys that is not rotated."""
+    rope_dim: int = 16
+    """Width of the rotated part."""
+    value_dim: int = 32
+    """Width of a head's values."""
+    norm_eps: float = 1e-6
+    """Epsilon of the norms of the compressed vectors."""
+    bias: bool = False
+    """Whether the maps from the model's width to compressed vectors, and the output map, have a bias."""
+    positions: Rotary = Rotary(style="interleaved")
+    """Rotation of the rotated part."""
+    scale: float | None = None
+    """Factor on the scores; None = (nope_dim + rope_dim) ** -0.5, times what YaRN's mscale_all_dim says."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "num_heads", "kv_rank", "nope_dim", "rope_dim", "value_dim")
+        self.positive("q_rank")
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers that the cache holds per token."""
+        return self.kv_rank + self.rope_dim
 
 
 # Feed-forward -------------------------------------------------------------------------------------------------------

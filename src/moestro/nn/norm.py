@@ -1,4 +1,4 @@
-"""Root-mean-square norm."""
+"""Root-mean-square norm and layer norm."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..core.params import ParamInfo
 from ..ops.few import rms_norm
+from .config import LayerNorm as LayerNormConfig
 from .config import RMSNorm as RMSNormConfig
 
-__all__ = ["RMSNorm", "plain"]
+__all__ = ["LayerNorm", "RMSNorm", "plain"]
 
 
 class RMSNorm(nn.Module):
@@ -40,6 +41,33 @@ class RMSNorm(nn.Module):
 
     def param_info(self) -> dict[str, ParamInfo]:
         return {"weight": ParamInfo(role="norm", decay=False, ones=True)}
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in fp32 (fp64 for fp64), in the dtype of x at
+    the end; var is the mean squared deviation.
+
+    Shapes: x [..., D] -> [..., D]. Source: Ba et al. 2016, eq. 3-4.
+    """
+
+    role = "norm"
+
+    def __init__(self, config: LayerNormConfig, dim: int) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        bias = None if self.bias is None else self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), bias, self.eps).to(x.dtype)
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        return {
+            "weight": ParamInfo(role="norm", decay=False, ones=True),
+            "bias": ParamInfo(role="norm", decay=False, init_std=0.0),
+        }
 
 
 def plain(norm: nn.Module | None) -> TypeGuard[RMSNorm]:
