@@ -99,6 +99,11 @@ class KVCache:
             held=keep + S,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers of keys and values."""
+        return sum(t.numel() * t.element_size() for t in (self.key, self.value) if t is not None)
+
     def has_place(self) -> bool:
         """Whether one more token fits into the buffers as they are, and no token needs a mark."""
         if self.key is None or self.valid is not None or self.segment is not None:
