@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
+from ..core.errors import UserError
 from ..dispatch.config import Exchange, Local
 from ..experts.config import Experts, Gated
 from ..losses.config import Loss, SwitchBalance
-from ..routers.config import AnyRouter, Router
+from ..routers.config import AnyRouter, Constant, Partition, Router, Uniform
 
 
 @config
@@ -70,6 +71,24 @@ class MoELayer(Config):
 
     def __post_init__(self) -> None:
         self.at_least(1, "num_experts", "unit_axes")
+
+
+@config
+class AveragedExperts(MoELayer):
+    """Experts that units are dealt to at random in training, and whose mean is evaluated (48, EWA); no router learns."""
+
+    builds: ClassVar[str] = "moestro.moe.averaged:AveragedExperts"
+    num_experts: int = 4
+    """Number of experts, N."""
+    router: AnyRouter = Router(score=Uniform(), select=Partition(), weigh=Constant())
+    """Who deals; random uniform partition."""
+    losses: tuple[Loss, ...] = ()
+    """Losses on the plan; loads are equal already."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shared is not None or isinstance(getattr(self.experts, "width", 1), tuple):
+            raise UserError("AveragedExperts: takes experts of one width and no shared expert, or they have no mean")
 
 
 @config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
@@ -115,3 +115,37 @@ class AdamW(Optimizer):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"AdamW.{name} must lie in 0..1 (1 excluded), found {getattr(self, name)}")
+
+
+# What happens after a step ---------------------------------------------------------------------------------------
+
+
+@config
+class AfterStep(Config):
+    """Base of hooks after the optimiser step. Built with (model, steps)."""
+
+
+@config
+class ExpertAveraging(AfterStep):
+    """Experts are moved towards their mean after every step (48, Experts Weights Averaging)."""
+
+    builds: ClassVar[str] = "moestro.optim.averaging:ExpertAveraging"
+    share: float = 0.3
+    """How much of an expert is replaced by the mean of the others in a step, at the end; in [0, 1)."""
+    rise: Literal["linear", "constant"] = "linear"
+    """From 0 at the first step to the share at the last one, or the same all the time."""
+    until: float = 1.0
+    """The share of all steps after which it ends and experts go their own ways ("early EWA": below 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise UserError(f"ExpertAveraging.share must lie in 0..1 (1 excluded), found {self.share}")
+        if not 0 < self.until <= 1:
+            raise UserError(f"ExpertAveraging.until must lie in 0..1 (0 excluded), found {self.until}")
+
+    def at(self, step: int, steps: int) -> float:
+        """The share after step number `step` (from 0) of a training of `steps` steps."""
+        last = max(1, round(self.until * steps))
+        if step >= last:
+            return 0.0
+        return self.share if self.rise == "constant" else self.share * step / max(1, last - 1)

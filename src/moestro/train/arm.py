@@ -55,7 +55,8 @@ class Arm:
         self.objective = config.objective.build()
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
-        self.after: list[AfterStep] = [RouterSteps(self.model)]
+        hooks = [hook.build(self.model, config.steps) for hook in config.after]
+        self.after: list[AfterStep] = [RouterSteps(self.model), *hooks]
         self.watch = Watch(config.starved_after)
         self.cost = cost(self.model, config.seq_len)
         self.step, self.seconds, self.tokens = 0, 0.0, 0

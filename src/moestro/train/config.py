@@ -7,7 +7,7 @@ from typing import Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 from ..models.config import Decoder
-from ..optim.config import AdamW, Optimizer
+from ..optim.config import AdamW, AfterStep, Optimizer
 from ..tasks.config import Corpus, NextToken, Objective, StandardLibrary
 from ..trace.config import Recording
 
@@ -26,6 +26,8 @@ class TrainRun(Config):
     """What is learnt."""
     optimizer: Optimizer = AdamW()
     """How parameters move."""
+    after: tuple[AfterStep, ...] = ()
+    """What happens after every optimiser step, besides the steps of routers."""
     steps: int = 600
     """Optimiser steps."""
     batch_size: int = 32
