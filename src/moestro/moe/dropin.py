@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError, did_you_mean
@@ -22,6 +24,14 @@ from .layer import MoELayer
 __all__ = ["Collected", "MoE", "collect", "default_width", "step"]
 
 
+UNSTEPPED = (
+    "a loss-free router is being trained, but nobody counts its choices, so its bias never moves. Under transformers' "
+    "Trainer, `import moestro.convert.hf` before the Trainer is made does it; in a loop of your own use "
+    "`with moestro.convert.hf.router_steps(model) as routers: ...` and routers.step() after each optimizer.step(), or "
+    "moestro.collect and moe.dropin.step"
+)
+
+
 def default_width(dim: int) -> int:
     """Hidden width of a gated expert that has the parameters of a plain FFN of width 4 * dim: 8/3 * dim, rounded up to
     a multiple of 8 (Shazeer 2020)."""
@@ -29,9 +39,20 @@ def default_width(dim: int) -> int:
 
 
 class Port(nn.Module):
-    """Passes a trail through. Forward hooks on it see the plans of a layer that returns y alone."""
+    """Passes a trail through. Forward hooks on it see the plans of a layer that returns y alone.
+
+    moves: whether the layer has a router whose state must be stepped. Training it while nobody looks is warned about,
+    once: its counts are lost, and the state never moves.
+    """
+
+    def __init__(self, moves: bool = False) -> None:
+        super().__init__()
+        self.moves = moves
 
     def forward(self, trail: Trail) -> Trail:
+        if self.moves and self.training and torch.is_grad_enabled() and not self._forward_hooks:
+            self.moves = False
+            warnings.warn(UNSTEPPED, RuntimeWarning, stacklevel=2)
         return trail
 
 
@@ -73,7 +94,7 @@ class MoE(MoELayer):
             raise UserError("MoE: give either config or num_experts, top_k and width; config holds all of them")
         super().__init__(config, dim, experts=experts)
         self.loss_scale = loss_scale
-        self.port = Port()
+        self.port = Port(self.moves)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, valid: Tensor | None = None, *, signals: Signals | None = None
