@@ -43,6 +43,19 @@ def test_values_and_gradients(counts: str, bias: bool, expanded: bool, sizes: tu
 
 
 @pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["aligned", "odd"])
+def test_transposed_weights(counts: str, sizes: tuple[int, int]) -> None:
+    E, (inputs, outputs) = len(COUNTS[counts]), sizes
+    offsets = bounds(*COUNTS[counts])
+    compare(
+        ["rows", "weight", "bias"],
+        lambda r, w, b: grouped_linear(r, w, offsets, b, transposed=True),
+        lambda r, w, b: naive.grouped_linear(r, w.transpose(1, 2), offsets, b),
+        [randn(int(offsets[-1]), inputs), randn(E, inputs, outputs, seed=1), randn(E, outputs, seed=2)],
+    )
+
+
+@pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("backend", [loop, fused], ids=["loop", "grouped_mm"])
 def test_backends_agree_with_the_oracle(counts: str, backend: ModuleType) -> None:
     offsets = bounds(*COUNTS[counts])
