@@ -127,10 +127,10 @@ def test_checkpointing_is_off_outside_training(monkeypatch: pytest.MonkeyPatch) 
     config = examples()["moe"].replace(checkpoint=True)
     model, x = config.build(), tokens(config)
     calls = []
-    from moestro.models import decoder
+    from moestro.models import stack
 
-    kept = decoder.checkpoint
-    monkeypatch.setattr(decoder, "checkpoint", lambda *a, **k: (calls.append(1), kept(*a, **k))[1])
+    kept = stack.checkpoint
+    monkeypatch.setattr(stack, "checkpoint", lambda *a, **k: (calls.append(1), kept(*a, **k))[1])
     model.train()(x)
     assert len(calls) == 2
     model.eval()(x)

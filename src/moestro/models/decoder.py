@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..core.carry import Carry
 from ..core.errors import UserError
-from ..core.params import ParamInfo
 from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..moe.config import MoELayer
-from ..nn.cache import KVCache
-from ..nn.init import initialise
-from ..ops.choice import checkpoint
 from ..ops.cross_entropy import cross_entropy
 from ..ops.few import linear
 from ..ops.pages import large_pages
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
+from .stack import Embedding, Stack, places
 
 __all__ = ["Block", "Decoder", "Embedding", "Head"]
-
-
-class Embedding(nn.Embedding):
-    """Token embeddings, times a factor."""
-
-    def __init__(self, vocab_size: int, dim: int, scale: float | None) -> None:
-        super().__init__(vocab_size, dim)
-        self.scale = scale
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = super().forward(tokens)
-        return h if self.scale is None else h * self.scale
-
-    def param_info(self) -> dict[str, ParamInfo]:
-        return {"weight": ParamInfo(role="embedding", matrix_axes=(0, 1), decay=False)}
 
 
 class Head(nn.Linear):
@@ -100,38 +81,14 @@ class Block(nn.Module):
         if not self.routed:
             y, _, trail = self.ffn(x)
             return h + y, carry, trail
-        places = _places(signals, x, state) if signals.places is None else signals.places
+        where = places(signals, x, state) if signals.places is None else signals.places
         attend = signals.attend if attend is None else attend
-        seen = changed(signals.at("ffn"), **places, attend=attend, places=None)
+        seen = changed(signals.at("ffn"), **where, attend=attend, places=None)
         y, inner, trail = self.ffn(x, seen, carry.at("ffn"))
         return h + y, carry.back("ffn", inner), trail.under("ffn")
 
 
-def _length(state: Any) -> int:
-    """How many tokens a mixer has seen."""
-    return state.length if isinstance(state, KVCache) else 0
-
-
-def _places(signals: Signals, x: Tensor, state: Any) -> dict[str, Tensor]:
-    """`position`, `segment` and `unit_id` of the units where the signals lack them. unit_id: row * 2^32 + position, the
-    same in whole and in cached passes."""
-    B, S, _ = x.shape
-    changes: dict[str, Tensor] = {}
-    position = signals.position
-    if position is None:
-        start = _length(state)
-        position = torch.arange(start, start + S, device=x.device).expand(B, S).reshape(-1)
-        changes["position"] = position
-    if signals.segment is None or signals.unit_id is None:
-        row = torch.arange(B, device=x.device)[:, None].expand(B, S).reshape(-1)
-        if signals.segment is None:
-            changes["segment"] = row
-        if signals.unit_id is None:
-            changes["unit_id"] = (row << 32) | position
-    return changes
-
-
-class Decoder(nn.Module):
+class Decoder(Stack):
     """A causal language model. `head(run(embed(tokens)))` is `forward`; `run` can do any slice of the blocks.
 
     Shapes: tokens [B, S] int64 -> logits [B, S, V]; h [B, S, D].
@@ -139,74 +96,15 @@ class Decoder(nn.Module):
     `new_cache` continue each other (cached decoding); without one nothing is kept.
     """
 
+    config: DecoderConfig
+
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim, config.embedding_scale)
-        self.layers = nn.ModuleList(block.build(config.dim) for block in config.resolved())
-        self.norm = config.norm.build(config.dim)
+        super().__init__(config)
         self.head = TiedHead(self.embed) if config.tied else Head(config.vocab_size, config.dim)
         if not config.allow_noncausal:
             _refuse_noncausal(self)
         if not self.embed.weight.is_meta:
             self.initialise()
-
-    def initialise(self, seed: int | None = None) -> None:
-        """(Re)draw all parameters from the config's seed, or from another."""
-        config = self.config
-        branches = 2 * config.num_layers if config.init_depth_scaled else None
-        initialise(self, config.seed if seed is None else seed, config.init_std, branches)
-
-    def run(
-        self,
-        h: Tensor,
-        signals: Signals | None = None,
-        carry: Carry | None = None,
-        start: int = 0,
-        stop: int | None = None,
-    ) -> tuple[Tensor, Carry, Trail]:
-        """Blocks `start` to `stop` (exclusive; None = to the end). The final norm belongs to the end: a run through the
-        last block returns what `head` takes.
-        """
-        signals = Signals() if signals is None else signals
-        carry = Carry() if carry is None else carry
-        last = self.config.num_layers
-        stop = last if stop is None else stop
-        if not 0 <= start <= stop <= last:
-            raise UserError(f"run: blocks {start} to {stop} of a model with {last}")
-        trail = Trail()
-        save = self.config.checkpoint and self.training and torch.is_grad_enabled()
-        told: dict[int, Signals] = {}  # by how much the mixer has seen: the same for all layers of one kind
-        names = [f"layers.{i}" for i in range(start, stop)]
-        parts, after = carry.apart(names), carry
-        for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
-            inner, seen = changed(after, own=parts[i]), signals
-            if getattr(layer, "routed", False) and signals.places is None:
-                state = inner.own.get("mixer")
-                length = _length(state)
-                if length not in told:
-                    told[length] = changed(signals, places=_places(signals, h, state))
-                seen = told[length]
-            if save:
-                h, after, left = checkpoint(layer, h, seen.at(name), inner)
-            else:
-                h, after, left = layer(h, seen.at(name), inner)
-            parts[i] = after.own
-            trail = trail | left.under(name)
-        return self.norm(h) if stop == last else h, carry.together(names, parts, after), trail
-
-    def hidden(
-        self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None
-    ) -> tuple[Tensor, Carry, Trail]:
-        """What `head` takes, [B, S, D]. Raises `UserError` for tokens that are no [B, S] or more than the context."""
-        if tokens.ndim != 2:
-            raise UserError(f"the decoder takes tokens [B, S], not {list(tokens.shape)}")
-        if tokens.shape[1] > self.config.context:
-            raise UserError(f"{tokens.shape[1]} tokens do not fit the model's context of {self.config.context}")
-        signals = Signals() if signals is None else signals
-        if signals.token is None:
-            signals = changed(signals, token=tokens.reshape(-1))
-        return self.run(self.embed(tokens), signals, carry)
 
     def forward(
         self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None
