@@ -34,6 +34,8 @@ class Attention(nn.Module):
     (tokens see their own sequence only; leave it None where every row is one sequence). state None = nothing is kept;
     `new_state(capacity)` starts a cache.
 
+    gate [B, S, H]: a factor on each head's output, before the output map (mixtures of attention experts).
+
     With `operator=True` the call returns a third value, the attention as an operator on the units: v [B*N, C] -> A v
     [B*S, C], the mean over heads of the attention map times v, where N >= the number of keys held are the last units
     seen (N = S without a state). It costs one more kernel call when it is called, nothing otherwise.
@@ -65,16 +67,31 @@ class Attention(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, signals: Signals | None = None, state: KVCache | None = None, operator: Literal[False] = False
+        self,
+        x: Tensor,
+        signals: Signals | None = None,
+        state: KVCache | None = None,
+        operator: Literal[False] = False,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None]: ...
 
     @overload
     def forward(
-        self, x: Tensor, signals: Signals | None, state: KVCache | None, operator: Literal[True]
+        self,
+        x: Tensor,
+        signals: Signals | None,
+        state: KVCache | None,
+        operator: Literal[True],
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None, Operator]: ...
 
     def forward(
-        self, x: Tensor, signals: Signals | None = None, state: KVCache | None = None, operator: bool = False
+        self,
+        x: Tensor,
+        signals: Signals | None = None,
+        state: KVCache | None = None,
+        operator: bool = False,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
         B, S, _ = x.shape
         valid, position, segment = per_row(signals, B, S)
@@ -89,7 +106,7 @@ class Attention(nn.Module):
             y = self._one(q, k, v, state, norms)
             if y is not None:
                 after = state.extended()
-                (y,) = products(y, own["o"])
+                y = self._out(y, gate)
                 if not operator:
                     return y, after
                 return y, after, self._operator_of_one(q, k, norms is not None, state.length, after)
@@ -113,10 +130,16 @@ class Attention(nn.Module):
         if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         y = self._attend(q, k, v, mask, causal)
-        (y,) = products(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), self.o)
+        y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate)
         if not operator:
             return y, state
         return y, state, self._operator(q, k, mask, causal)
+
+    def _out(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """The heads' outputs [B, S, H*d], each times its gate, through the output map."""
+        if gate is not None:
+            y = (y.unflatten(2, (self.num_heads, self.head_dim)) * gate[..., None].to(y.dtype)).flatten(2)
+        return products(y, self._modules["o"])[0]  # type: ignore[arg-type]
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None
