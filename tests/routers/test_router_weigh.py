@@ -36,6 +36,9 @@ P = [[0.1, 0.4, 0.2, 0.3]]
         (Raw(scale=2.0), [0.8, 0.6]),
         (Renormalised(), [4 / 7, 3 / 7]),
         (Renormalised(scale=2.5), [10 / 7, 7.5 / 7]),
+        (Renormalised(epsilon=0.1), [0.5, 0.375]),
+        (Renormalised(floor=0.6), [4 / 7, 3 / 7]),
+        (Renormalised(scale=2.0, epsilon=0.1, floor=1.0), [0.8, 0.6]),
         (SoftmaxKept(), [4 / 7, 3 / 7]),
         (Constant(), [0.5, 0.5]),
         (Constant(value=1.0), [1.0, 1.0]),
@@ -90,6 +93,15 @@ def test_weighing_an_empty_row_by_itself() -> None:
 def test_small_probabilities_are_renormalised_too() -> None:
     plan, _ = exact(Router(activation="sigmoid"), 3)(torch.tensor([[-20.0, -21.0, -30.0]]))
     torch.testing.assert_close(plan.weight, torch.tensor([[1.0, math.exp(-1)]]) / (1 + math.exp(-1)))
+
+
+def test_the_router_of_few_units_divides_by_the_same() -> None:
+    x = log([[0.1, 0.4, 0.2, 0.3]])
+    for weigh in (Renormalised(epsilon=0.5), Renormalised(floor=2.0)):
+        router = exact(Router(select=TopK(k=2), weigh=weigh), 4)
+        want, _ = router(x)
+        with torch.no_grad():
+            torch.testing.assert_close(router(x)[0].weight, want.weight)
 
 
 def test_probabilities_that_underflow_do_not_become_nan() -> None:

@@ -277,6 +277,13 @@ class Renormalised(Weigh):
     builds: ClassVar[str] = "moestro.routers.weigh:RenormalisedWeight"
     scale: float = 1.0
     """Factor on the result."""
+    epsilon: float = 0.0
+    """Added to the sum (released DeepSeek-V3: 1e-20)."""
+    floor: float = 0.0
+    """The least that is divided by (ERNIE 4.5: 1e-12); smaller sums of probabilities stay below one."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0.0, "epsilon", "floor")
 
 
 @config

@@ -52,6 +52,8 @@ def examples() -> dict[str, cfg.Router]:
         "loss-free-groups": cfg.Router(
             activation="sigmoid", select=cfg.LossFree(inner=cfg.GroupLimited(groups=4, kept=2, inner=cfg.TopK(k=3)))
         ),
+        "epsilon": cfg.Router(activation="sigmoid", weigh=cfg.Renormalised(scale=2.5, epsilon=0.25)),
+        "loss-free-softmax-floor": cfg.Router(select=cfg.LossFree(inner=top2), weigh=cfg.Renormalised(floor=0.3)),
         # limits
         "capacity": cfg.Router(limit=capacity),
         "capacity-first-choices": cfg.Router(limit=capacity.replace(priority=cfg.FirstChoices())),

@@ -33,6 +33,8 @@ def common(config: cfg.Router) -> Common | None:
         return None
     if config.score.deterministic:
         return None
+    if isinstance(weigh, cfg.Renormalised) and (weigh.epsilon or weigh.floor):
+        return None
     if config.mix is not None or config.limit is not None or config.subset is not None or config.temperature != 1.0:
         return None
     return Common(config.select.k, _WEIGHTS[type(weigh)], weigh.scale)  # type: ignore[attr-defined]

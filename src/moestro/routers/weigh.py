@@ -27,15 +27,21 @@ def _scaled(weight: Tensor, scale: float) -> Tensor:
 
 
 class RenormalisedWeight(WeighStep):
-    """scale * p_k / sum of the chosen p (GShard, Mixtral). Choices later lost to capacity take part in the sum."""
+    """scale * p_k / max(sum of the chosen p + epsilon, floor) (GShard, Mixtral: without either).
+
+    Choices later lost to capacity take part in the sum.
+    """
 
     def __init__(self, config: cfg.Renormalised) -> None:
         super().__init__()
-        self.scale = config.scale
+        self.scale, self.epsilon, self.floor = config.scale, config.epsilon, config.floor
 
     def forward(self, scores: Scores, expert: Tensor) -> Tensor:
         weight = chosen(scores.probs, expert, scores.everywhere)
-        total = weight.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        total = weight.sum(dim=1, keepdim=True)
+        if self.epsilon:
+            total = total + self.epsilon
+        total = total.clamp_min(max(self.floor, torch.finfo(weight.dtype).tiny))
         return _scaled(weight / total, self.scale)
 
 
