@@ -1,0 +1,24 @@
+"""Families of checkpoints by their `model_type`, each in a file of its own, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ...core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..family import Family
+
+__all__ = ["FAMILIES", "find"]
+
+FAMILIES = ("mixtral",)
+"""The model types that are known."""
+
+
+def find(model_type: object, where: object = "convert") -> Family:
+    """The family of a `model_type`. Raises `UserError` for an unknown one."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
+        raise UserError(f"{where}: unknown model_type {model_type!r}{hint}; known: {', '.join(FAMILIES)}")
+    return importlib.import_module(f"{__name__}.{model_type}").FAMILY
