@@ -16,7 +16,8 @@ from moestro.core.config import Config
 from moestro.core.errors import UserError
 from moestro.core.params import describe
 from moestro.core.rows import Rows
-from moestro.experts import MLP, Convolution, Experts, FeedForward, Gated, Modules, examples
+from moestro.experts import MLP, ClampedGated, Convolution, Experts, FeedForward, Gated, Modules, examples
+from moestro.experts.clamped import ClampedGatedBank
 from moestro.experts.mlp import MLPBank
 from moestro.experts.modules import ModuleBank
 from moestro.ops.rows import rows as derive
@@ -44,6 +45,13 @@ def gated_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Te
     return (act(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def clamped_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Tensor:
+    part, limit = {n: t.unbind(0)[e] for n, t in p.items()}, bank.config.limit
+    gate, up = (x @ part["gate_up"].T + part.get("gate_up_bias", 0)).chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(bank.config.alpha * gate) * (up + 1)) @ part["down"].T + part.get("down_bias", 0)
+
+
 def mlp_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Tensor:
     part = {n: t.unbind(0)[e] for n, t in p.items()}
     h = ACTIVATIONS[bank.config.activation](x @ part["up"].T + part.get("up_bias", 0))
@@ -57,7 +65,8 @@ def module_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> T
 
 def oracle(bank: nn.Module, p: dict[str, Tensor], rows: Tensor, index: Rows) -> Tensor:
     """Row by row, in float64."""
-    kind = module_oracle if isinstance(bank, ModuleBank) else mlp_oracle if isinstance(bank, MLPBank) else gated_oracle
+    kinds = {ModuleBank: module_oracle, MLPBank: mlp_oracle, ClampedGatedBank: clamped_oracle}
+    kind = kinds.get(type(bank), gated_oracle)
     made = [kind(bank, p, rows[r : r + 1], int(e)) for r, e in enumerate(index.expert)]
     return torch.cat(made)
 
@@ -101,7 +110,7 @@ def test_configs_travel_as_json(name: str) -> None:
 
 
 def test_banks_of_one() -> None:
-    for made in (Gated(width=6), MLP(width=6, bias=True), Modules()):
+    for made in (Gated(width=6), MLP(width=6, bias=True), ClampedGated(width=6), Modules()):
         check_experts(lambda made=made: made.build(dim=8, num_experts=1), num_experts=1, unit=(8,), gradcheck=False)
 
 
@@ -184,6 +193,14 @@ def test_parameters_are_named_and_described() -> None:
     }
     info = describe(biased)["up_bias"]
     assert (info.expert_axis, info.matrix_axes, info.decay) == (0, None, False)
+    clamped = ClampedGated(width=6).build(dim=8, num_experts=3)
+    assert {n: tuple(p.shape) for n, p in clamped.named_parameters()} == {
+        "gate_up": (3, 12, 8),
+        "down": (3, 8, 6),
+        "gate_up_bias": (3, 12),
+        "down_bias": (3, 8),
+    }
+    assert (describe(clamped)["gate_up_bias"].decay, describe(clamped)["gate_up"].parts) == (False, ("gate", "up"))
     listed = Modules().build(dim=8, num_experts=2)
     assert set(dict(listed.named_parameters())) == {
         f"{e}.{part}.{kind}" for e in (0, 1) for part in ("up", "down") for kind in ("weight", "bias")

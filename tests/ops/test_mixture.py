@@ -279,18 +279,20 @@ def test_opcheck() -> None:
     x, weight = randn(5, 8).requires_grad_(), plan.weight.clone().requires_grad_()
     up, down = (t.requires_grad_() for t in gated(plan, 8, 12))
     table = index.unit, index.slot, index.inverse, weight
-    mixture = (x, up, down, index.offsets, "silu", True, *table, None, None, None, False)
+    mixture = (x, up, down, index.offsets, "silu", True, *table, None, None, None, False, None)
     torch.library.opcheck(torch.ops.moestro.experts.default, (*mixture, True))
     widths = [3, 9, 12, 1, 5, 6]
     flat = [randn(2 * sum(widths), 8).requires_grad_(), randn(sum(widths), 8).requires_grad_()]
-    rest = (index.offsets, "silu", True, *table, None, None, widths, False)
+    rest = (index.offsets, "silu", True, *table, None, None, widths, False, None)
     # Not the comparison of outputs: `hidden` has room for the widest everywhere, and what is not needed is not filled.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.moestro.experts.default, (x, *flat, *rest, True), test_utils=tests)
     first, second, *biases = (t.requires_grad_() for t in plain(plan, 8, 12, biased=True))
     in_rows = x.detach().index_select(0, index.unit).requires_grad_()
-    on_rows = (in_rows, first, second, index.offsets, "gelu", False, None, None, None, None, *biases, None, False)
+    on_rows = (in_rows, first, second, index.offsets, "gelu", False, None, None, None, None, *biases, None, False, None)
     torch.library.opcheck(torch.ops.moestro.experts.default, (*on_rows, True))
+    clamped = (in_rows, up, down, index.offsets, "silu", True, None, None, None, None, None, None, None, False)
+    torch.library.opcheck(torch.ops.moestro.experts.default, (*clamped, [1.5, 2.0], True))
     plainly = [t.detach() if isinstance(t, Tensor) else t for t in mixture]
     with torch.no_grad():
         y, hidden = torch.ops.moestro.experts(*plainly, True)

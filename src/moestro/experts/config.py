@@ -64,6 +64,27 @@ class MLP(Experts):
 
 
 @config
+class ClampedGated(Experts):
+    """Gated MLP experts with biases whose gate and up are clamped, and up is raised by one (GPT-OSS)."""
+
+    builds: ClassVar[str] = "moestro.experts.clamped:ClampedGatedBank"
+    width: int = 256
+    """Hidden width of each expert."""
+    alpha: float = 1.702
+    """Factor inside the sigmoid: the gate g becomes g * sigmoid(alpha * g)."""
+    limit: float = 7.0
+    """The gate is clamped above at this, up on both sides."""
+    bias: bool = True
+    """Whether all three maps have a bias."""
+    sparse_grad: bool = False
+    """Whether gradients are kept for experts that met a unit only (optim/touched.py); one process, not compiled."""
+
+    def __post_init__(self) -> None:
+        _widths(self.width, "ClampedGated.width")
+        self.positive("limit")
+
+
+@config
 class Unit(Config):
     """Base of single experts, for `Modules`. Built with (dim): a module from rows [R, D] to rows [R, D']."""
 
@@ -113,6 +134,8 @@ def examples() -> dict[str, Experts]:
         "gated": Gated(width=12),
         "gated_gelu": Gated(width=7, activation="gelu_tanh"),
         "gated_widths": Gated(width=(4, 12, 7, 9)),
+        "clamped": ClampedGated(width=9, alpha=1.5, limit=0.3),
+        "clamped_unbiased": ClampedGated(width=6, bias=False),
         "mlp": MLP(width=12),
         "mlp_bias": MLP(width=10, bias=True, activation="relu"),
         "mlp_relu2": MLP(width=9, activation="relu2"),

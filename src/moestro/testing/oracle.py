@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..core.carry import Carry, Replay
 from ..core.plan import AnyPlan, Dense, Plan
 from ..core.signals import Signals
+from ..experts.clamped import ClampedGatedBank
 from ..experts.gated import GatedBank
 from ..experts.mlp import MLPBank
 from ..experts.modules import ModuleBank
@@ -71,6 +72,13 @@ def _expert(layer: MoELayer, e: int, x: Tensor) -> Tensor:
     bank = layer.experts
     if isinstance(bank, ModuleBank):
         return list(bank.children())[e](x[None])[0]
+    if isinstance(bank, ClampedGatedBank):
+        both, out = bank.gate_up.unbind(0)[e] @ x, torch.zeros((), dtype=x.dtype)
+        if bank.gate_up_bias is not None and bank.down_bias is not None:
+            both, out = both + bank.gate_up_bias.unbind(0)[e], bank.down_bias.unbind(0)[e]
+        gate, up = both.chunk(2)
+        gate, up = gate.clamp(max=bank.config.limit), up.clamp(-bank.config.limit, bank.config.limit)
+        return bank.down.unbind(0)[e] @ (gate * torch.sigmoid(bank.config.alpha * gate) * (up + 1)) + out
     act = ACTIVATIONS[bank.config.activation]
     if isinstance(bank, GatedBank):
         if bank.widths is None:

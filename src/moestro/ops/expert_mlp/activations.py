@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...core.errors import UserError, did_you_mean
 
-__all__ = ["ACTIVATIONS", "Activation", "activation_named"]
+__all__ = ["ACTIVATIONS", "Activation", "Clamp", "activation_named", "activation_of", "lifted"]
 
 _aten = torch.ops.aten
 
@@ -70,6 +70,33 @@ def _relu2_back(grad: Tensor, x: Tensor, out: Tensor) -> object:
     return torch.mul(grad, slope.mul_(2), out=out)
 
 
+class Clamp(NamedTuple):
+    """The clamped gated unit of GPT-OSS: min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, +-limit) + 1), g
+    what the gate gives, u what up gives. Gradients vanish outside the limits."""
+
+    alpha: float
+    limit: float
+
+    def forward(self, x: Tensor, out: Tensor) -> object:
+        torch.clamp_max(x, self.limit, out=out)
+        return out.mul_(torch.sigmoid(out * self.alpha))
+
+    def backward(self, grad: Tensor, x: Tensor, out: Tensor) -> object:
+        z = x.clamp_max(self.limit)
+        s = torch.sigmoid(z * self.alpha)
+        slope = s.addcmul(z * s, 1 - s, value=self.alpha).mul_(x <= self.limit)
+        return torch.mul(grad, slope, out=out)
+
+    def inside(self, up: Tensor) -> Tensor:
+        """Where a change of u changes anything."""
+        return up.abs() <= self.limit
+
+
+def lifted(up: Tensor, clamp: Clamp | None) -> Tensor:
+    """What the activated gate is multiplied with: u, or with a clamp clamp(u) + 1."""
+    return up if clamp is None else up.clamp(-clamp.limit, clamp.limit).add_(1)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(_silu, _silu_back),
     "gelu": Activation(_gelu, _gelu_back),
@@ -86,3 +113,12 @@ def activation_named(name: str) -> Activation:
             f"unknown activation {name!r}{did_you_mean(name, ACTIVATIONS)}; known: {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]
+
+
+def activation_of(name: str, clamp: Clamp | None) -> Activation:
+    """The activation of the gate: the one called `name`, or that of the clamp, which replaces "silu"."""
+    if clamp is None:
+        return activation_named(name)
+    if name != "silu":
+        raise UserError(f"a clamped gated unit has an activation of its own; leave out {name!r}")
+    return Activation(clamp.forward, clamp.backward)

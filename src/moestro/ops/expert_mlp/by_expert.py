@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..combine.sums import sum_rows
 from ..precision import sum_dtype
-from .activations import activation_named
+from .activations import activation_of, lifted
 from .problem import Grads, Problem, Spec, Wanted
 from .shapes import Groups, blocks
 
@@ -32,7 +32,7 @@ def supported(spec: Spec) -> tuple[bool, str]:
 
 def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
     """y and the pre-activations (of no rows, unless they are saved)."""
-    act, groups = activation_named(p.activation), Groups(p.offsets, p.num_rows)
+    act, groups = activation_of(p.activation, p.clamp), Groups(p.offsets, p.num_rows)
     firsts, seconds = blocks(p.first, p.down, p.widths)
     sizes = _sizes(p, seconds, groups)
     hidden = p.x.new_empty(p.hidden_shape() if save else 0)
@@ -53,7 +53,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
         _affine(first, rows.of(e).t(), first_bias[e], 1, pre)
         act.forward(pre[:F], h)
         if p.gated:
-            h.mul_(pre[F:])
+            h.mul_(lifted(pre[F:], p.clamp))
         _affine(h.t(), second, down_bias[e], 0, outs[e])
     groups.tail(out).zero_()
     return (out if p.inverse is None else sum_rows(out, p.weight, p.inverse)), hidden
@@ -61,7 +61,7 @@ def forward(p: Problem, save: bool) -> tuple[Tensor, Tensor]:
 
 def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted) -> Grads:
     """The gradients that are wanted, from the pre-activations that `forward` saved."""
-    act, groups = activation_named(p.activation), Groups(p.offsets, p.num_rows)
+    act, groups = activation_of(p.activation, p.clamp), Groups(p.offsets, p.num_rows)
     firsts, seconds = blocks(p.first, p.down, p.widths)
     sizes = _sizes(p, seconds, groups)
     grads = _empty(p, wanted)
@@ -88,7 +88,7 @@ def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted) -> Grads:
         F, g = second.shape[0], gradients.of(e)
         pre, d_pre = values[e].view(-1, n), buffers[2][: sizes[e]].view(-1, n)
         h, d_h = (b[: F * n].view(F, n) for b in buffers[:2])
-        gate, up = pre[:F], pre[F:]
+        gate, up = pre[:F], lifted(pre[F:], p.clamp)
         torch.mm(second, g.t(), out=d_h)
         act.forward(gate, h)
         if p.gated:
@@ -99,6 +99,8 @@ def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted) -> Grads:
             torch.sum(product, 0, dtype=dot[e].dtype, out=dot[e])
             if (b2 := down_bias[e]) is not None:
                 dot[e].add_(torch.mv(g, b2))
+        if p.clamp is not None:
+            d_pre[F:].mul_(p.clamp.inside(pre[F:]))
         if d_second is not None:
             torch.mm(h if w is None else h.mul_(w), g, out=d_second)
         _sum_rows_of(g, w, d_down_bias[e])

@@ -54,7 +54,8 @@ def explain(spec: Spec) -> str:
 
 
 def _about(spec: Spec) -> str:
-    kind = "gated" if spec.gated else "plain"
+    kind = ("clamped " if spec.clamped else "") + ("gated" if spec.gated else "plain")
+    kind += " biased" if spec.gated and spec.biased else ""
     return (
         f"{spec.rows} rows of {spec.experts} {kind} experts, D {spec.dim}, F {spec.width}, "
         f"{spec.dtype_name} on {spec.device}"

@@ -43,6 +43,7 @@ def forward_flops(
     down_bias: Tensor | None = None,
     widths: list[int] | None = None,
     deterministic: bool = False,
+    clamp: list[float] | None = None,
     save: bool = False,
     sparse_grad: bool = False,
     out_val: Any = None,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...core.rows import Rows
 from ..precision import operands
-from .activations import activation_named
+from .activations import Clamp, activation_named, activation_of
 from .op import experts
 from .problem import Problem
 from .shapes import check_gated, check_mixture, check_mlp
@@ -22,6 +22,9 @@ def gated_mlp(
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    clamp: Clamp | None = None,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
@@ -30,14 +33,16 @@ def gated_mlp(
     Shapes: rows [R, D], offsets [E+1] int64 -> [R, D]. Equal widths: gate_up [E, 2F, D] (gate rows first), down
     [E, D, F]. Unequal widths F_e, given in `widths`: the experts' blocks one after the other, gate_up [sum 2F_e, D] and
     down transposed, [sum F_e, D], so that the block of an expert is contiguous in both.
+    gate_up_bias [E, 2F] and down_bias [E, D], for equal widths: added to what the matrices give. clamp: in place of the
+    activation and the product, the clamped gated unit of GPT-OSS (`Clamp`).
     Experts without rows get gradients of exact zeros. Activations: silu, gelu, gelu_tanh, relu, relu2.
     deterministic: a row does not depend, to the last bit, on which other rows there are. sparse_grad: the gradients of
     gate_up and down are sparse over the expert axis and hold touched experts only; equal widths and one rank only.
     Raises `UserError` for shapes that do not fit.
     """
-    activation_named(activation)
-    check_gated("gated_mlp", rows, gate_up, down, offsets, widths)
-    rows, gate_up, down = operands("gated_mlp", rows, gate_up, down)
+    activation_of(activation, clamp)
+    check_gated("gated_mlp", rows, gate_up, down, offsets, widths, gate_up_bias, down_bias)
+    rows, gate_up, down, gate_up_bias, down_bias = operands("gated_mlp", rows, gate_up, down, gate_up_bias, down_bias)
     return experts(
         Problem(
             x=rows,
@@ -47,6 +52,9 @@ def gated_mlp(
             activation=activation,
             gated=True,
             widths=widths,
+            first_bias=gate_up_bias,
+            down_bias=down_bias,
+            clamp=clamp,
             deterministic=deterministic,
             sparse_grad=sparse_grad,
         )
@@ -99,19 +107,22 @@ def gated_mixture(
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
     *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    clamp: Clamp | None = None,
     deterministic: bool = False,
     sparse_grad: bool = False,
 ) -> Tensor:
     """The weighted sum of each unit's gated experts: gather, `gated_mlp` and combine as one operation.
 
     y[t] = sum over k of weight[t, k] * expert(x[t]), in the order k = 0..K-1; choices without a row add nothing.
-    Shapes: x [T, D], weight [T, K] aligned with `index.inverse` (see `table_weight`) -> [T, D]; gate_up, down and
-    widths as in `gated_mlp`. Raises `UserError` for shapes that do not fit.
+    Shapes: x [T, D], weight [T, K] aligned with `index.inverse` (see `table_weight`) -> [T, D]; gate_up, down, biases,
+    widths and clamp as in `gated_mlp`. Raises `UserError` for shapes that do not fit.
     """
-    activation_named(activation)
+    activation_of(activation, clamp)
     check_mixture("gated_mixture", x, weight, index)
-    check_gated("gated_mixture", x, gate_up, down, index.offsets, widths)
-    x, gate_up, down = operands("gated_mixture", x, gate_up, down)
+    check_gated("gated_mixture", x, gate_up, down, index.offsets, widths, gate_up_bias, down_bias)
+    x, gate_up, down, gate_up_bias, down_bias = operands("gated_mixture", x, gate_up, down, gate_up_bias, down_bias)
     return experts(
         Problem(
             x=x,
@@ -125,6 +136,9 @@ def gated_mixture(
             inverse=index.inverse,
             weight=weight,
             widths=widths,
+            first_bias=gate_up_bias,
+            down_bias=down_bias,
+            clamp=clamp,
             deterministic=deterministic,
             sparse_grad=sparse_grad,
         )

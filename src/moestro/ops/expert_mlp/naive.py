@@ -32,8 +32,11 @@ def gated_mlp(
     offsets: Tensor,
     activation: str = "silu",
     widths: tuple[int, ...] | None = None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> Tensor:
-    """[R, D] float64: down(act(gate(x)) * up(x)) with the matrices of each row's expert."""
+    """[R, D] float64: down(act(gate(x)) * up(x)) with the parameters of each row's expert. clamp: (alpha, limit)."""
     if widths is None:
         ups, downs = list(gate_up.double().unbind(0)), list(down.double().unbind(0))
     else:
@@ -43,8 +46,16 @@ def gated_mlp(
     out: list[Tensor] = []
     for e in range(len(bounds) - 1):
         for r in range(bounds[e], bounds[e + 1]):
-            gate, up = (ups[e] @ rows[r].double()).chunk(2)
-            out.append(downs[e] @ (activate(gate, activation) * up))
+            both = ups[e] @ rows[r].double()
+            gate, up = (both if gate_up_bias is None else both + gate_up_bias.double().unbind(0)[e]).chunk(2)
+            if clamp is None:
+                h = activate(gate, activation) * up
+            else:
+                alpha, limit = clamp
+                gate, up = torch.where(gate > limit, limit, gate), torch.where(up.abs() > limit, up.sign() * limit, up)
+                h = gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+            y = downs[e] @ h
+            out.append(y if down_bias is None else y + down_bias.double().unbind(0)[e])
     return torch.stack(out) if out else rows.double()[:0]
 
 

@@ -40,6 +40,10 @@ def supported(spec: Spec) -> tuple[bool, str]:
         return False, f"runs on the CPU, not on {spec.device}"
     if spec.dtype != torch.float32:
         return False, f"has fp32 only, not {spec.dtype_name}"
+    if spec.clamped:
+        return False, "has no clamped gated unit"
+    if spec.gated and spec.biased:
+        return False, "has no biases of gated experts"
     if min(spec.rows, spec.dim, spec.width, spec.experts) == 0:
         return False, "there is nothing to compute"
     if native.load() is None:

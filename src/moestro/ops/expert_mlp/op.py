@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.errors import UserError
 from ..precision import autocast_off
+from .activations import Clamp
 from .choose import choose
 from .problem import Problem, Wanted
 from .touched import check_sparse, compact, sparse
@@ -18,13 +19,14 @@ __all__ = ["BACKWARD", "FORWARD", "experts"]
 
 _PROBLEM = (
     "Tensor x, Tensor first, Tensor down, Tensor offsets, str activation, bool gated, Tensor? unit, Tensor? slot, "
-    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic"
+    "Tensor? inverse, Tensor? weight, Tensor? first_bias, Tensor? down_bias, int[]? widths, bool deterministic, "
+    "float[]? clamp"
 )
 _FIELDS = (
     *("x", "first", "down", "offsets", "activation", "gated", "unit", "slot", "inverse", "weight"),
     *("first_bias", "down_bias"),
 )
-_SAVE = len(_FIELDS) + 2  # where `save` stands in the forward op
+_SAVE = len(_FIELDS) + 3  # where `save` stands in the forward op
 _LIBRARY = torch.library.Library("moestro", "FRAGMENT")
 _LIBRARY.define(f"experts({_PROBLEM}, bool save, bool sparse_grad=False) -> (Tensor y, Tensor hidden)")
 _LIBRARY.define(
@@ -51,14 +53,20 @@ def experts(p: Problem) -> Tensor:
 
 def _arguments(p: Problem) -> tuple[Any, ...]:
     """The fields of a problem in the order of the schema."""
-    return *(getattr(p, name) for name in _FIELDS), p.widths, p.deterministic
+    return (
+        *(getattr(p, name) for name in _FIELDS),
+        p.widths,
+        p.deterministic,
+        None if p.clamp is None else list(p.clamp),
+    )
 
 
 def _problem(arguments: Sequence[Any]) -> Problem:
     """The problem that has these fields, in the order of the schema."""
-    *fields, widths, deterministic = arguments
+    *fields, widths, deterministic, clamp = arguments
     widths = None if widths is None else tuple(widths)
-    return Problem(**dict(zip(_FIELDS, fields, strict=True)), widths=widths, deterministic=deterministic)
+    clamp = None if clamp is None else Clamp(*clamp)
+    return Problem(**dict(zip(_FIELDS, fields, strict=True)), widths=widths, deterministic=deterministic, clamp=clamp)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .activations import Clamp
+
 __all__ = ["Grads", "Problem", "Spec", "Wanted"]
 
 
@@ -20,12 +22,13 @@ class Problem:
         unit: [R] int64 the unit of each row; slot: [R] int64 its column of `inverse`; inverse: [T, K] int64.
         weight: [T, K]. All four are None where x is the sorted rows themselves: then y is [R, D], one row each.
         first: [E, F, D], or gated [E, 2F, D] with the gate's rows first. down: [E, D, F].
-        first_bias: [E, F] or None; down_bias: [E, D] or None; for plain experts only.
+        first_bias: [E, F], or gated [E, 2F], or None; down_bias: [E, D] or None; for equal widths only.
     Unequal widths F_e (gated only): first [sum 2F_e, D] and down, transposed, [sum F_e, D], block after block.
 
     All floating tensors have one dtype and lie on one device, except `weight`, which may be fp32 beside bf16.
     deterministic: a row's result may not depend, to the last bit, on which other rows there are.
     sparse_grad: gradients of parameters are sparse tensors over the expert axis that hold touched experts only.
+    clamp: gated experts only; the gated unit is that of `activations.Clamp`.
     """
 
     x: Tensor
@@ -43,6 +46,7 @@ class Problem:
     widths: tuple[int, ...] | None = None
     deterministic: bool = False
     sparse_grad: bool = False
+    clamp: Clamp | None = None
 
     @property
     def num_rows(self) -> int:
@@ -96,6 +100,7 @@ class Problem:
             unequal=self.widths is not None,
             mixture=self.unit is not None,
             deterministic=self.deterministic,
+            clamped=self.clamp is not None,
             capability=torch.cuda.get_device_capability(self.x.device) if cuda else (0, 0),
         )
 
@@ -116,6 +121,7 @@ class Spec:
     unequal: bool = False
     mixture: bool = True
     deterministic: bool = False
+    clamped: bool = False
     capability: tuple[int, int] = (0, 0)
 
     @property

@@ -41,10 +41,20 @@ def blocks(
 
 
 def check_gated(
-    what: str, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Tensor, widths: tuple[int, ...] | None
+    what: str,
+    rows: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    widths: tuple[int, ...] | None,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
 ) -> None:
     """Raise `UserError` unless the shapes of a gated bank fit its rows."""
     _check(what, "gate_up", 2, rows, gate_up, down, offsets, widths)
+    if widths is not None and (gate_up_bias is not None or down_bias is not None):
+        raise UserError(f"{what}: experts of unequal widths have no biases; leave them out")
+    _check_biases(what, ("gate_up_bias", gate_up_bias, gate_up), ("down_bias", down_bias, down))
 
 
 def check_mlp(
@@ -58,7 +68,11 @@ def check_mlp(
 ) -> None:
     """Raise `UserError` unless the shapes of a plain bank fit its rows."""
     _check(what, "up", 1, rows, up, down, offsets, None)
-    for name, bias, matrix in (("up_bias", up_bias, up), ("down_bias", down_bias, down)):
+    _check_biases(what, ("up_bias", up_bias, up), ("down_bias", down_bias, down))
+
+
+def _check_biases(what: str, *pairs: tuple[str, Tensor | None, Tensor]) -> None:
+    for name, bias, matrix in pairs:
         if bias is not None and bias.shape != matrix.shape[:2]:
             raise UserError(f"{what}: {name} must be {list(matrix.shape[:2])}, not {list(bias.shape)}")
 

@@ -10,7 +10,7 @@ from ..combine.sums import sum_rows
 from ..grouped import fused
 from ..grouped.choose import Backend
 from ..precision import sum_dtype
-from .activations import activation_named
+from .activations import activation_of, lifted
 from .by_expert import table_of
 from .problem import Grads, Problem, Spec, Wanted
 
@@ -65,14 +65,14 @@ def products_for(spec: Spec) -> Backend:
 
 def forward(p: Problem, save: bool, products: Backend | None = None) -> tuple[Tensor, Tensor]:
     """y and the pre-activations [R, 2F] or [R, F] (of no rows, unless they are saved)."""
-    act, by = activation_named(p.activation), products or products_for(p.spec())
+    act, by = activation_of(p.activation, p.clamp), products or products_for(p.spec())
     rows = p.x if p.unit is None else p.x.index_select(0, p.unit)
     pre = by.products(rows, p.first, p.offsets, p.first_bias).contiguous()
     gate, up = (pre[:, : p.width], pre[:, p.width :]) if p.gated else (pre, None)
     h = torch.empty_like(gate, memory_format=torch.contiguous_format)
     act.forward(gate, h)
     if up is not None:
-        h.mul_(up)
+        h.mul_(lifted(up, p.clamp))
     out = by.products(h, p.down, p.offsets, p.down_bias)
     y = out.contiguous() if p.inverse is None else sum_rows(out, p.weight, p.inverse)
     return y, pre if save else pre.new_empty(0)
@@ -80,7 +80,7 @@ def forward(p: Problem, save: bool, products: Backend | None = None) -> tuple[Te
 
 def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, products: Backend | None = None) -> Grads:
     """The gradients that are wanted."""
-    act, by = activation_named(p.activation), products or products_for(p.spec())
+    act, by = activation_of(p.activation, p.clamp), products or products_for(p.spec())
     gate, up = (hidden[:, : p.width], hidden[:, p.width :]) if p.gated else (hidden, None)
     g = grad if p.unit is None else grad.index_select(0, p.unit)
     w = p.row_weights()
@@ -90,6 +90,9 @@ def backward(p: Problem, hidden: Tensor, grad: Tensor, wanted: Wanted, products:
     d_pre = torch.empty_like(hidden)
     if up is not None:
         torch.mul(d_h, h, out=d_pre[:, p.width :])
+        if p.clamp is not None:
+            d_pre[:, p.width :].mul_(p.clamp.inside(up))
+            up = lifted(up, p.clamp)
         h.mul_(up)
     d_weight = None
     if wanted.weight:

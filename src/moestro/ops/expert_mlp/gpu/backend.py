@@ -30,6 +30,10 @@ def supported(spec: Spec) -> tuple[bool, str]:
         return False, f"{spec.dtype_name} products are for cuBLAS: the kernels use 16-bit tensor cores"
     if spec.unequal:
         return False, "the widths differ"
+    if spec.clamped:
+        return False, "has no clamped gated unit"
+    if spec.gated and spec.biased:
+        return False, "has no biases of gated experts"
     if spec.activation not in ACTIVATIONS:
         return False, f"does not know the activation {spec.activation}"
     if min(spec.rows, spec.dim, spec.width, spec.experts) == 0:
