@@ -78,7 +78,8 @@ class MoELayer(Routed):
         units, lead = flatten(x, self.config.unit_axes, "MoELayer")
         units = masked(units, signals.valid)
         plan, carry = self.plan(units, signals, carry, router_input)
-        y = self.run(units, plan, signals.valid)
+        told = {"signals": signals} if _asks(self.experts) or _asks(self.shared) else {}
+        y = self.run(units, plan, signals.valid, **told)
         trail = note(plan, self.losses, signals, self.training, "MoELayer")
         return y.reshape(*lead, *y.shape[1:]), carry, trail
 
@@ -94,15 +95,16 @@ class MoELayer(Routed):
         check_fit(plan, units.shape[0], self.config.num_experts, "MoELayer")
         return plan, carry
 
-    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None) -> Tensor:
-        """y [T, *unit'] of units [T, *unit] under a plan."""
+    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None, signals: Signals | None = None) -> Tensor:
+        """y [T, *unit'] of units [T, *unit] under a plan. Banks with `takes_signals` get signals as context."""
         if plan.owner is not None:
             plan = to_tokens(plan, valid)
         self.exchange.prepare(plan)
-        y = mixture(self.exchange, units, plan)
+        y = mixture(self.exchange, units, plan, _told(self.experts, signals, "experts"))
         y = _add_copies(y, units, plan)
         if self.shared is not None:
-            alone = self.shared(units, all_to_one(units.shape[0], units.device))
+            index = all_to_one(units.shape[0], units.device)
+            alone = self.shared(units, index, _told(self.shared, signals, "shared"))
             y = masked(self.merge(y, alone, units, self.shared_gate), valid)
         return y
 
@@ -130,6 +132,14 @@ def route(router: Any, seen: Tensor, signals: Signals, carry: Carry, exchange: A
     if isinstance(given, Replay):
         after = dataclasses.replace(after, own={k: v for k, v in after.own.items() if k})
     return plan, carry.back("router", after)
+
+
+def _told(bank: Any, signals: Signals | None, name: str) -> Signals | None:
+    return signals.at(name) if signals is not None and _asks(bank) else None
+
+
+def _asks(bank: Any) -> bool:
+    return getattr(bank, "takes_signals", False)
 
 
 def _add_copies(y: Tensor, units: Tensor, plan: AnyPlan) -> Tensor:

@@ -96,7 +96,7 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         valid, position, segment = per_row(signals, B, S)
         own: dict[str, Any] = self._modules  # as self.q and so on, for a quarter of the time
-        q, k, v = products(x, own["q"], own["k"], own["v"])
+        q, k, v = products(x, own["q"], own["k"], own["v"], signals=signals)
         one = S == 1 and state is not None and valid is None and position is None and segment is None
         norms = self._plain_head_norms() if one else None
         if self.config.qk_norm is not None and norms is None:
@@ -106,7 +106,7 @@ class Attention(nn.Module):
             y = self._one(q, k, v, state, norms)
             if y is not None:
                 after = state.extended()
-                y = self._out(y, gate)
+                y = self._out(y, gate, signals)
                 if not operator:
                     return y, after
                 return y, after, self._operator_of_one(q, k, norms is not None, state.length, after)
@@ -130,16 +130,16 @@ class Attention(nn.Module):
         if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         y = self._attend(q, k, v, mask, causal)
-        y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate)
+        y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate, signals)
         if not operator:
             return y, state
         return y, state, self._operator(q, k, mask, causal)
 
-    def _out(self, y: Tensor, gate: Tensor | None) -> Tensor:
+    def _out(self, y: Tensor, gate: Tensor | None, signals: Signals | None) -> Tensor:
         """The heads' outputs [B, S, H*d], each times its gate, through the output map."""
         if gate is not None:
             y = (y.unflatten(2, (self.num_heads, self.head_dim)) * gate[..., None].to(y.dtype)).flatten(2)
-        return products(y, self._modules["o"])[0]  # type: ignore[arg-type]
+        return products(y, self._modules["o"], signals=signals)[0]  # type: ignore[arg-type]
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.q_norm is not None

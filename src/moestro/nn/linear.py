@@ -6,15 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.signals import Signals
 from ..ops.few import linears
 
 __all__ = ["products"]
 
 
-def products(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
+def products(x: Tensor, *maps: nn.Module, signals: Signals | None = None) -> tuple[Tensor, ...]:
     """The maps of x, as their calls would return them. Adapted, wrapped and watched modules are called.
 
-    Shapes: x [..., I] -> [..., O_i] each.
+    Shapes: x [..., I] -> [..., O_i] each. Maps with `takes_signals` (adapters that route or drop) are given `signals`.
     """
     weights: list[Any] = []
     biases: list[Any] = []
@@ -28,4 +29,4 @@ def products(x: Tensor, *maps: nn.Module) -> tuple[Tensor, ...]:
         made = linears(x, weights, biases)
         if made is not None:
             return made
-    return tuple([m(x) for m in maps])
+    return tuple([m(x, signals) if getattr(m, "takes_signals", False) else m(x) for m in maps])

@@ -26,6 +26,7 @@ class LossFreeSelect(SelectStep):
     """
 
     bias: Tensor
+    still = False  # True = `step` moves nothing (fine-tuning with frozen routers)
 
     def __init__(self, config: cfg.LossFree, num_experts: int, num_ids: int) -> None:
         super().__init__()
@@ -50,6 +51,8 @@ class LossFreeSelect(SelectStep):
         """counts: [E] int64, how many units chose each expert since the last step, summed over ranks."""
         if tuple(counts.shape) != (self.num_experts,) or counts.is_floating_point():
             raise UserError(f"LossFree.step needs [{self.num_experts}] integer counts, not {list(counts.shape)}")
+        if self.still:
+            return
         # sign(mean - count) in integers, so that no rounding of the mean decides
         missing = counts.sum() - counts * self.num_experts
         self.bias[: self.num_experts] += self.rate * missing.sign().to(self.bias)

@@ -1,0 +1,124 @@
+"""Linear maps with something added to them: the frozen weight keeps its name, the delta is a child."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+from ..core.params import ParamInfo
+from ..core.signals import Signals
+from ..nn.feedforward import FeedForward
+
+__all__ = ["AdaptedFeedForward", "AdaptedLinear", "Delta"]
+
+
+class Delta(nn.Module):
+    """Base of what is added to the output of a linear map: `(x [..., I], signals) -> [..., O]`."""
+
+    def forward(self, x: Tensor, signals: Signals | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class AdaptedLinear(nn.Module):
+    """y = base(x) + delta(x), the base frozen. Shapes: x [..., I] -> y [..., O].
+
+    `weight` and `bias` keep their names, so a state dict has the base's tensors under the same keys as before.
+    takes_signals: Moestro's own modules pass their signals (validity, seed, unit ids) to maps that say so.
+    """
+
+    takes_signals = True
+
+    def __init__(self, base: nn.Linear, delta: Delta) -> None:
+        super().__init__()
+        if list(base.children()):
+            raise UserError(f"{type(base).__name__} has parts of its own and cannot be adapted as a linear map")
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._parameters.update(base._parameters)
+        self.requires_grad_(False)
+        base._parameters = self._parameters
+        self._base = [base]  # a list hides it from the module tree
+        if hasattr(base, "role"):
+            self.role: Any = base.role
+        self.delta = delta
+        self.train(base.training)
+
+    @property
+    def base(self) -> nn.Linear:
+        """The map without the delta; it shares the parameters."""
+        return self._base[0]
+
+    def forward(self, x: Tensor, signals: Signals | None = None) -> Tensor:
+        return self.base(x) + self.delta(x, signals)
+
+    def unload(self) -> nn.Linear:
+        """The base, apart from this module, with the weights as they are now."""
+        base = self.base
+        base._parameters = dict(self._parameters)
+        return base
+
+    def extra_flops(self, seq_len: int) -> int:
+        return 2 * self.weight.numel()  # type: ignore[union-attr, operator]
+
+    def extra_backward_flops(self, seq_len: int) -> int:
+        return -self.extra_flops(seq_len)  # a frozen weight has no gradient
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class AdaptedFeedForward(FeedForward):
+    """The dense gated MLP, frozen, with deltas on gate, up and down: `(x, signals, carry) -> (y, carry, trail)`.
+
+    Shapes: x [..., D] -> y [..., D]; `gate_up` and `down` keep their names; deltas are `deltas.gate`, `.up`, `.down`.
+    """
+
+    def __init__(self, base: FeedForward, deltas: dict[str, Delta]) -> None:
+        nn.Module.__init__(self)
+        self.config, self.activation = base.config, base.activation
+        self._parameters.update(base._parameters)
+        self.requires_grad_(False)
+        base._parameters = self._parameters
+        self._base = [base]
+        self.deltas = nn.ModuleDict(deltas)
+        self.train(base.training)
+
+    @property
+    def base(self) -> FeedForward:
+        """The layer without deltas; it shares the parameters."""
+        return self._base[0]
+
+    def forward(self, x: Tensor, signals: Signals | None = None, carry: Any = None) -> Any:
+        from ..core.carry import Carry
+        from ..core.trail import Trail
+
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        inner = self.activation(self._added(gate, "gate", x, signals)) * self._added(up, "up", x, signals)
+        y = self._added(F.linear(inner, self.down), "down", inner, signals)
+        return y, Carry() if carry is None else carry, Trail()
+
+    def _added(self, y: Tensor, name: str, x: Tensor, signals: Signals | None) -> Tensor:
+        if name not in self.deltas:
+            return y
+        return y + self.deltas[name](x, None if signals is None else signals.at(name))
+
+    def unload(self) -> FeedForward:
+        """The base, apart from this module, with the weights as they are now."""
+        base = self.base
+        base._parameters = dict(self._parameters)
+        return base
+
+    def part(self, name: str) -> Tensor:
+        """The matrix [O, I] of a part, as a view."""
+        if name == "down":
+            return self.down
+        width = self.gate_up.shape[0] // 2
+        return self.gate_up[:width] if name == "gate" else self.gate_up[width:]
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        return self.base.param_info()
+
+    def extra_backward_flops(self, seq_len: int) -> int:
+        return -self.extra_flops(seq_len)
