@@ -24,6 +24,13 @@ class Block(Config):
 
 
 @config
+class ParallelBlock(Block):
+    """One norm, then mixer and feed-forward layer side by side, both added to the residual. Built with (dim)."""
+
+    builds: ClassVar[str] = "moestro.models.decoder:ParallelBlock"
+
+
+@config
 class Stack(Config):
     """Base of networks of pre-norm blocks.
 

@@ -19,7 +19,7 @@ from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
 from .stack import Embedding, Stack, places
 
-__all__ = ["Block", "Decoder", "Embedding", "Head"]
+__all__ = ["Block", "Decoder", "Embedding", "Head", "ParallelBlock"]
 
 
 class Head(nn.Linear):
@@ -60,32 +60,64 @@ class Block(nn.Module):
 
     def __init__(self, config: BlockConfig, dim: int) -> None:
         super().__init__()
-        self.mixer_norm = config.norm.build(dim)
+        self.norms(config, dim)
         self.mixer = config.mixer.build(dim)
-        self.ffn_norm = config.norm.build(dim)
         self.ffn = config.ffn.build(dim)
-        self.routed = isinstance(config.ffn, MoELayer)
+        self.routed_ffn = isinstance(config.ffn, MoELayer)
+        self.threads = bool(getattr(self.mixer, "threads", False))
+        self.routed = self.routed_ffn or self.threads
+
+    def norms(self, config: BlockConfig, dim: int) -> None:
+        """Build the norms."""
+        self.mixer_norm = config.norm.build(dim)
+        self.ffn_norm = config.norm.build(dim)
 
     def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
-        state, mixer = carry.own.get("mixer"), self.mixer
-        x = self.mixer_norm(h)
-        attend = None
-        if self.routed and getattr(mixer, "offers_operator", False):
+        state = carry.own.get("mixer")
+        y, attend, carry, trail = self.mix(self.mixer_norm(h), signals, carry, state)
+        h = h + y
+        y, carry, left = self.feed(self.ffn_norm(h), signals, carry, state, attend)
+        return h + y, carry, trail | left
+
+    def mix(self, x: Tensor, signals: Signals, carry: Carry, state: Any) -> tuple[Tensor, Any, Carry, Trail]:
+        """The mixer's output, its attention as an operator (or None), and the carry with its state."""
+        mixer, attend, trail = self.mixer, None, Trail()
+        if self.threads:
+            where = places(signals, x, state) if signals.places is None else signals.places
+            inner = carry.at("mixer")
+            inner = changed(inner, own={k: v for k, v in inner.own.items() if k})  # without the state
+            y, after, inner, trail = mixer(x, changed(signals.at("mixer"), **where, places=None), state, inner)
+            carry = carry.back("mixer", inner)
+        elif self.routed_ffn and getattr(mixer, "offers_operator", False):
             y, after, attend = mixer(x, signals, state, operator=True)
         else:
             y, after = mixer(x, signals, state)
-        h = h + y
-        if after is not None:
-            carry = carry.put("mixer", after)
-        x = self.ffn_norm(h)
-        if not self.routed:
-            y, _, trail = self.ffn(x)
-            return h + y, carry, trail
+        return y, attend, carry if after is None else carry.put("mixer", after), trail.under("mixer")
+
+    def feed(self, x: Tensor, signals: Signals, carry: Carry, state: Any, attend: Any) -> tuple[Tensor, Carry, Trail]:
+        """The feed-forward layer's output. state: the mixer's before this pass, which tells how much was seen."""
+        if not self.routed_ffn:
+            y, _, trail = self.ffn(x, signals)
+            return y, carry, trail
         where = places(signals, x, state) if signals.places is None else signals.places
         attend = signals.attend if attend is None else attend
         seen = changed(signals.at("ffn"), **where, attend=attend, places=None)
         y, inner, trail = self.ffn(x, seen, carry.at("ffn"))
-        return h + y, carry.back("ffn", inner), trail.under("ffn")
+        return y, carry.back("ffn", inner), trail.under("ffn")
+
+
+class ParallelBlock(Block):
+    """h + mixer(norm(h)) + ffn(norm(h)), with one norm: both read the same input (GPT-J, PaLM; 05, BAM)."""
+
+    def norms(self, config: BlockConfig, dim: int) -> None:
+        self.norm = config.norm.build(dim)
+
+    def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
+        state = carry.own.get("mixer")
+        x = self.norm(h)
+        y, attend, carry, trail = self.mix(x, signals, carry, state)
+        z, carry, left = self.feed(x, signals, carry, state, attend)
+        return h + y + z, carry, trail | left
 
 
 class Decoder(Stack):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..experts.config import Gated
-from ..moe.config import MoELayer
+from ..moe.config import AttentionExperts, MoELayer
 from ..nn.config import Attention, FeedForward, Rotary, YaRN
-from ..routers.config import Router, TopK
-from .config import Block, Decoder
+from ..routers.config import Raw, Router, TopK
+from .config import Block, Decoder, ParallelBlock
 
 __all__ = ["examples"]
 
@@ -23,6 +23,8 @@ def examples() -> dict[str, Decoder]:
     whole = Block(mixer=_ATTENTION.replace(positions=None), ffn=shared)
     dense = Block(mixer=_ATTENTION, ffn=_DENSE)
     yarn = Rotary(style="interleaved", fraction=0.5, scaling=YaRN(factor=4.0, original_context=8))
+    attentions = AttentionExperts(num_experts=3, attention=_ATTENTION)
+    top1 = attentions.replace(shared_kv=True, router=Router(select=TopK(k=1), weigh=Raw()))
     return {
         "moe": base,
         "dense": base.replace(moe=None),
@@ -31,4 +33,7 @@ def examples() -> dict[str, Decoder]:
         "windowed": base.replace(attention=_ATTENTION.replace(window=4, qk_norm="full", bias="all")),
         "yarn": base.replace(attention=_ATTENTION.replace(head_dim=8, qk_norm="head", positions=yarn)),
         "blocks": base.replace(num_layers=3, blocks=(windowed, dense, whole)),
+        "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
+        "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),
+        "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),
     }

@@ -9,7 +9,8 @@ from ..core.errors import UserError
 from ..dispatch.config import Exchange, Local
 from ..experts.config import Experts, Gated
 from ..losses.config import Loss, SwitchBalance
-from ..routers.config import AnyRouter, Constant, Partition, Router, Uniform
+from ..nn.config import Attention, Mixer
+from ..routers.config import All, AnyRouter, Constant, Partition, Raw, Router, Uniform
 
 
 @config
@@ -75,7 +76,7 @@ class MoELayer(Config):
 
 @config
 class AveragedExperts(MoELayer):
-    """Experts that units are dealt to at random in training, and whose mean is evaluated (48, EWA); no router learns."""
+    """Experts that units are dealt to at random in training; their mean is evaluated (48, EWA). No router learns."""
 
     builds: ClassVar[str] = "moestro.moe.averaged:AveragedExperts"
     num_experts: int = 4
@@ -89,6 +90,26 @@ class AveragedExperts(MoELayer):
         super().__post_init__()
         if self.shared is not None or isinstance(getattr(self.experts, "width", 1), tuple):
             raise UserError("AveragedExperts: takes experts of one width and no shared expert, or they have no mean")
+
+
+@config
+class AttentionExperts(Mixer):
+    """Attentions side by side, mixed by a router (05, BAM): by default softly, every token from all of them."""
+
+    builds: ClassVar[str] = "moestro.moe.attention:AttentionExperts"
+    num_experts: int = 4
+    """Number of attention experts, N."""
+    attention: Attention = Attention()
+    """One of them."""
+    router: AnyRouter = Router(select=All(), weigh=Raw())
+    """Who weighs them, at the token that asks."""
+    shared_kv: bool = False
+    """Whether keys and values are common to all: one cache in place of N."""
+    losses: tuple[Loss, ...] = ()
+    """Losses on the plan, each with its coefficient; a soft mixture needs none."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "num_experts")
 
 
 @config
