@@ -18,9 +18,8 @@ from .errors import UserError, did_you_mean
 __all__ = ["Config", "config", "find_type"]
 
 _TYPES: dict[str, type[Config]] = {}
-_HOMES = tuple(
-    ["adapt", "dispatch", "experts", "losses", "models", "moe", "nn", "optim", "routers", "tasks", "trace", "train"]
-)
+_HOMES = ("routers", "experts", "dispatch", "losses", "nn", "moe", "models", "optim", "tasks", "train", "trace")
+_HOMES += ("adapt",)
 
 C = TypeVar("C", bound=type)
 
