@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from ..experts.config import Gated
 from ..moe.config import AttentionExperts, MoELayer
-from ..nn.config import Attention, FeedForward, Rotary, YaRN
-from ..routers.config import Raw, Router, TopK
+from ..nn.config import Attention, FeedForward, LatentAttention, Rotary, YaRN
+from ..routers.config import GroupLimited, LossFree, Raw, Renormalised, Router, TopK
 from .config import Block, Decoder, ParallelBlock
 
 __all__ = ["examples"]
 
 _ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=6)
+_LATENT = LatentAttention(num_heads=3, kv_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
 _DENSE = FeedForward(width=20)
 _MOE = MoELayer(num_experts=4, router=Router(select=TopK(k=2)), experts=Gated(width=12))
 
@@ -25,6 +26,11 @@ def examples() -> dict[str, Decoder]:
     yarn = Rotary(style="interleaved", fraction=0.5, scaling=YaRN(factor=4.0, original_context=8))
     attentions = AttentionExperts(num_experts=3, attention=_ATTENTION)
     top1 = attentions.replace(shared_kv=True, router=Router(select=TopK(k=1), weigh=Raw()))
+    stretched = Rotary(
+        style="interleaved", scaling=YaRN(factor=4.0, original_context=8, mscale=0.7, mscale_all_dim=1.0)
+    )
+    groups = LossFree(inner=GroupLimited(groups=2, kept=1, inner=TopK(k=2)))
+    v3 = Router(activation="sigmoid", select=groups, weigh=Renormalised(scale=2.5, epsilon=1e-20))
     return {
         "moe": base,
         "dense": base.replace(moe=None),
@@ -32,6 +38,13 @@ def examples() -> dict[str, Decoder]:
         "shared": base.replace(moe=shared, checkpoint=True, embedding_scale=4.0),
         "windowed": base.replace(attention=_ATTENTION.replace(window=4, qk_norm="full", bias="all")),
         "yarn": base.replace(attention=_ATTENTION.replace(head_dim=8, qk_norm="head", positions=yarn)),
+        "latent": base.replace(attention=_LATENT),
+        "latent-v3": base.replace(
+            num_layers=3,
+            layout=("dense", "moe", "moe"),
+            attention=_LATENT.replace(q_rank=8, value_dim=16, bias=True, positions=stretched),
+            moe=shared.replace(router=v3, losses=()),
+        ),
         "blocks": base.replace(num_layers=3, blocks=(windowed, dense, whole)),
         "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
         "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),
