@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over exact scaled-dot-product kernels."""
+"""Grouped-query attention over exact scaled-dot-product kernels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import UserError
 from ..core.params import ParamInfo
 from ..core.signals import Signals
 from ..ops.few import attend_one
 from . import sinks
 from .cache import KVCache
 from .config import Attention as AttentionConfig
+from .config import RelativeBias as RelativeBiasConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
 from .mask import kernel_mask, per_row
 from .norm import RMSNorm, plain
 from .operator import Operator, mean_map
+from .relative import joined
 from .rotary import Rotary
 
 __all__ = ["Attention"]
@@ -35,6 +38,7 @@ class Attention(nn.Module):
     `new_state(capacity)` starts a cache.
 
     gate [B, S, H]: a factor on each head's output, before the output map (mixtures of attention experts).
+    bias [1, H, S, N']: added to the scores of the last N' keys, at least as many as there are (`nn.relative`).
 
     With `operator=True` the call returns a third value, the attention as an operator on the units: v [B*N, C] -> A v
     [B*S, C], the mean over heads of the attention map times v, where N >= the number of keys held are the last units
@@ -63,7 +67,13 @@ class Attention(nn.Module):
         sizes = (self.head_dim, self.head_dim) if config.qk_norm == "head" else (wide, narrow)
         self.q_norm = RMSNorm(norm, sizes[0]) if config.qk_norm else None
         self.k_norm = RMSNorm(norm, sizes[1]) if config.qk_norm else None
-        self.positions = config.positions.build(self.head_dim) if config.positions else None
+        self.causal = config.causal
+        positions = config.positions
+        self.positions = self.relative = None
+        if isinstance(positions, RelativeBiasConfig):
+            self.relative = positions.build(self.num_heads, self.causal)
+        elif positions is not None:
+            self.positions = positions.build(self.head_dim)
 
     @overload
     def forward(
@@ -73,6 +83,7 @@ class Attention(nn.Module):
         state: KVCache | None = None,
         operator: Literal[False] = False,
         gate: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None]: ...
 
     @overload
@@ -83,6 +94,7 @@ class Attention(nn.Module):
         state: KVCache | None,
         operator: Literal[True],
         gate: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None, Operator]: ...
 
     def forward(
@@ -92,12 +104,16 @@ class Attention(nn.Module):
         state: KVCache | None = None,
         operator: bool = False,
         gate: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
         B, S, _ = x.shape
+        if state is not None and not self.causal:
+            raise UserError("attention: a cache is for causal attention; here tokens see what comes after them")
         valid, position, segment = per_row(signals, B, S)
         own: dict[str, Any] = self._modules  # as self.q and so on, for a quarter of the time
         q, k, v = products(x, own["q"], own["k"], own["v"], signals=signals)
         one = S == 1 and state is not None and valid is None and position is None and segment is None
+        one = one and bias is None and self.relative is None
         norms = self._plain_head_norms() if one else None
         if self.config.qk_norm is not None and norms is None:
             q, k = self._normed(q, k)
@@ -126,9 +142,14 @@ class Attention(nn.Module):
             if not fresh:
                 k, v = state.seen()
                 key_valid, key_segment = state.marks()
-        mask, causal = kernel_mask(S, k.shape[2], self.window, key_valid, key_segment, segment, x.device)
+        mask, causal = kernel_mask(S, k.shape[2], self.window, key_valid, key_segment, segment, x.device, self.causal)
         if S == 1 and self.window is not None and mask is None and k.shape[2] > self.window:
             k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        if self.relative is not None:
+            own_bias = self.relative(S, k.shape[2])
+            bias = own_bias if bias is None else bias[..., -k.shape[2] :] + own_bias
+        if bias is not None:
+            mask, causal = joined(bias, mask, causal, k.shape[2], q.dtype), False
         y = self._attend(q, k, v, mask, causal)
         y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate, signals)
         if not operator:

@@ -156,6 +156,52 @@ class Rotary(Positions):
             raise UserError(f"Rotary.fraction: {self.fraction} does not lie in (0, 1]")
 
 
+@config
+class RelativeBias(Positions):
+    """T5's relative positions: a learned number per head and bucket of distances, added to the scores.
+
+    Near distances have a bucket each, farther ones share buckets of logarithmic width (Raffel et al. 2020, sec. 2.1).
+    """
+
+    builds: ClassVar[str] = "moestro.nn.relative:RelativeBias"
+    buckets: int = 32
+    """Number of buckets; attention in both directions uses half of them for each."""
+    max_distance: int = 128
+    """From this distance on, all share the last bucket."""
+
+    def __post_init__(self) -> None:
+        if self.buckets < 4 or self.buckets % 2:
+            raise UserError(f"RelativeBias.buckets: must be even and at least 4, found {self.buckets}")
+        if self.max_distance <= self.buckets // 2:
+            raise UserError(
+                f"RelativeBias.max_distance: {self.max_distance} must be over half of the {self.buckets} buckets"
+            )
+
+
+@config
+class AbsolutePositions(Config):
+    """Base of positions that are added to embeddings. Built with (dim, context)."""
+
+
+@config
+class Learned(AbsolutePositions):
+    """One learned vector per position."""
+
+    builds: ClassVar[str] = "moestro.nn.positions:Learned"
+
+
+@config
+class Sinusoidal(AbsolutePositions):
+    """Sines and cosines of wavelengths in a geometric series, first all sines (Vaswani et al. 2017, section 3.5)."""
+
+    builds: ClassVar[str] = "moestro.nn.positions:Sinusoidal"
+    base: float = 10_000.0
+    """Base of the series."""
+
+    def __post_init__(self) -> None:
+        self.positive("base")
+
+
 # Mixers -------------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +212,7 @@ class Mixer(Config):
 
 @config
 class Attention(Mixer):
-    """Causal grouped-query attention."""
+    """Grouped-query attention, causal unless said otherwise."""
 
     builds: ClassVar[str] = "moestro.nn.attention:Attention"
     num_heads: int = 4
@@ -181,6 +227,8 @@ class Attention(Mixer):
     """Epsilon of those norms."""
     window: int | None = None
     """A token sees itself and the window - 1 tokens before it; None = all before it."""
+    causal: bool = True
+    """Whether a token sees only itself and what came before; otherwise it sees its whole sequence (encoders)."""
     bias: Literal["none", "qkv", "all"] = "none"
     """Which projections have a bias."""
     positions: Positions | None = Rotary()
@@ -196,6 +244,10 @@ class Attention(Mixer):
             raise UserError(f"Attention: num_heads {self.num_heads} is no multiple of num_kv_heads {kv}")
         if self.window is not None and self.window < 1:
             raise UserError(f"Attention.window: {self.window} is below 1; use None for no window")
+        if self.window is not None and not self.causal:
+            raise UserError("Attention.window: windows look back only; leave it None where causal is False")
+        if self.sinks and isinstance(self.positions, RelativeBias):
+            raise UserError("Attention.sinks: cannot be joined with a relative bias on the scores; leave one out")
 
     def width(self, dim: int) -> int:
         """Width of one head in a model of width `dim`."""
@@ -246,19 +298,74 @@ class LatentAttention(Mixer):
         return self.kv_rank + self.rope_dim
 
 
+@config
+class CrossAttention(Config):
+    """Grouped-query attention to another sequence (an encoder's output). Built with (dim, source_dim)."""
+
+    builds: ClassVar[str] = "moestro.nn.cross:CrossAttention"
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads; None = as many as query heads."""
+    head_dim: int | None = None
+    """Width of a head; None = dim / num_heads."""
+    qk_norm: bool = False
+    """RMS norm of each head's queries and keys."""
+    norm_eps: float = 1e-6
+    """Epsilon of those norms."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections have a bias."""
+    scale: float | None = None
+    """Factor on the scores; None = head_dim ** -0.5."""
+
+    def __post_init__(self) -> None:
+        self.attention()
+
+    def attention(self) -> Attention:
+        """Self-attention of the same shape."""
+        return Attention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            qk_norm="head" if self.qk_norm else None,
+            norm_eps=self.norm_eps,
+            bias=self.bias,
+            scale=self.scale,
+            positions=None,
+            causal=False,
+        )
+
+
 # Feed-forward -------------------------------------------------------------------------------------------------------
 
 
 @config
-class FeedForward(Config):
-    """A dense gated MLP (SwiGLU by default), laid out like one gated expert."""
+class FFN(Config):
+    """Base of dense feed-forward layers: `(x [..., D], signals, carry) -> (y, carry, trail)`. Built with (dim)."""
 
-    builds: ClassVar[str] = "moestro.nn.feedforward:FeedForward"
     width: int = 512
     """Hidden width."""
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
-    """Activation of the gate."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
-            raise UserError(f"FeedForward.width: {self.width} is below 1")
+            raise UserError(f"{type(self).__name__}.width: {self.width} is below 1")
+
+
+@config
+class FeedForward(FFN):
+    """A dense gated MLP (SwiGLU by default), laid out like one gated expert."""
+
+    builds: ClassVar[str] = "moestro.nn.feedforward:FeedForward"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    """Activation of the gate."""
+
+
+@config
+class PlainFeedForward(FFN):
+    """A dense MLP of two maps, down(act(up(x))), laid out like one plain expert (the first Transformer, T5, BERT)."""
+
+    builds: ClassVar[str] = "moestro.nn.feedforward:PlainFeedForward"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "relu"
+    """Activation between the maps."""
+    bias: bool = False
+    """Whether both maps have a bias."""

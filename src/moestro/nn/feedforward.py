@@ -1,4 +1,4 @@
-"""The dense gated MLP."""
+"""Dense MLPs: gated, and of two plain maps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ..core.signals import Signals
 from ..core.trail import Trail
 from ..ops.few import linear
 from .config import FeedForward as FeedForwardConfig
+from .config import PlainFeedForward as PlainConfig
 
-__all__ = ["FeedForward"]
+__all__ = ["FeedForward", "PlainFeedForward"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -58,3 +59,44 @@ class FeedForward(nn.Module):
 
     def extra_flops(self, seq_len: int) -> int:
         return 2 * (self.gate_up.numel() + self.down.numel())
+
+
+class PlainFeedForward(nn.Module):
+    """down(act(up(x) + up_bias)) + down_bias: `(x, signals, carry) -> (y, carry, trail)`, the trail empty.
+
+    Shapes: x [..., D] -> y [..., D]; up [F, D], down [D, F], up_bias [F], down_bias [D] (the biases only with
+    `bias=True`). Source: Vaswani et al. 2017, eq. 2; without biases Raffel et al. 2020 (T5).
+    """
+
+    role = "dense"
+
+    def __init__(self, config: PlainConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.up = nn.Parameter(torch.empty(config.width, dim))
+        self.down = nn.Parameter(torch.empty(dim, config.width))
+        self.up_bias = nn.Parameter(torch.zeros(config.width)) if config.bias else None
+        self.down_bias = nn.Parameter(torch.zeros(dim)) if config.bias else None
+        self.activation = _ACTIVATIONS[config.activation]
+        for matrix in (self.up, self.down):
+            nn.init.normal_(matrix, std=0.02)
+
+    def forward(
+        self, x: Tensor, signals: Signals | None = None, carry: Carry | None = None
+    ) -> tuple[Tensor, Carry, Trail]:
+        h = linear(x, self.up)
+        h = self.activation(h if self.up_bias is None else h + self.up_bias)
+        y = linear(h, self.down)
+        y = y if self.down_bias is None else y + self.down_bias
+        return y, Carry() if carry is None else carry, Trail()
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        matrix = ParamInfo(role="dense", matrix_axes=(0, 1))
+        info = {"up": matrix, "down": matrix}
+        if self.config.bias:
+            bias = ParamInfo(role="dense", decay=False, init_std=0.0)
+            info |= {"up_bias": bias, "down_bias": bias}
+        return info
+
+    def extra_flops(self, seq_len: int) -> int:
+        return 2 * (self.up.numel() + self.down.numel())

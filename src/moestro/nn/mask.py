@@ -1,4 +1,4 @@
-"""Who sees whom: the mask of causal attention with padding, packed sequences, windows and a cache."""
+"""Who sees whom: the mask of attention with padding, packed sequences, windows and a cache."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ def visible(
     segment: Tensor | None = None,
     query_segment: Tensor | None = None,
     device: torch.device | None = None,
+    causal: bool = True,
 ) -> Tensor | None:
     """[S, N] or [B, 1, S, N] bool, True where query i may see key j, or None where all see all.
 
     The S queries are the last S of the N keys. Shapes: valid [B, N] bool; segment [B, N], query_segment [B, S] int64.
-    A query that would see nothing (padding) sees itself, so that no row of the softmax is empty.
+    A query that would see nothing (padding) sees itself, so that no row of the softmax is empty. causal=False: queries
+    see what comes after them, too.
     """
     place = torch.arange(keys, device=device)
     own = place[keys - queries :, None]
     mask: Tensor | None = None
-    if queries > 1:
+    if causal and queries > 1:
         mask = place <= own
     if window is not None and keys > window:
         near = place > own - window
@@ -37,7 +39,7 @@ def visible(
     if valid is None and segment is None:
         return mask
     if mask is None:
-        mask = place <= own
+        mask = place <= own if causal else torch.ones_like(place == own)
     if valid is not None:
         mask = mask & valid[:, None, None, :]
     if segment is not None and query_segment is not None:
@@ -53,20 +55,28 @@ def kernel_mask(
     segment: Tensor | None,
     query_segment: Tensor | None,
     device: torch.device,
+    causal: bool = True,
 ) -> tuple[Tensor | None, bool]:
-    """The mask of causal attention, as `visible`, and whether a kernel's own causal path says the same without one.
+    """The mask of attention, as `visible`, and whether a kernel's own causal path says the same without one.
 
     Shapes: valid [B, N] bool; segment [B, N], query_segment [B, S] int64, by default that of the last S keys.
     """
     plain = valid is None and segment is None
-    if plain and queries == 1:
+    if plain and (queries == 1 or not causal):
         return None, False
     if plain and queries == keys and (window is None or keys <= window):
         return None, True
     if segment is not None and query_segment is None:
         query_segment = segment[:, keys - queries :]
     mask = visible(
-        queries, keys, window=window, valid=valid, segment=segment, query_segment=query_segment, device=device
+        queries,
+        keys,
+        window=window,
+        valid=valid,
+        segment=segment,
+        query_segment=query_segment,
+        device=device,
+        causal=causal,
     )
     return mask, False
 
