@@ -24,6 +24,7 @@ __all__ = [
     "num_layers",
     "one",
     "router",
+    "write_common",
     "write_decoder",
 ]
 
@@ -114,25 +115,31 @@ def decoder(fields: Fields, blocks: Callable[[int], tuple[Block, ...]] | None = 
     )
 
 
-def write_decoder(config: Any) -> dict[str, Any]:
-    """The fields of `decoder`, and those of attention heads where all layers have the same."""
+def write_common(config: Any) -> dict[str, Any]:
+    """The fields of `decoder`, without those of its attention."""
     if not isinstance(config, Decoder):
         raise UserError(f"{type(config).__name__} is no Decoder, which this family needs")
-    blocks = config.resolved()
-    mixers = [attention_of(block) for block in blocks]
     out: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "num_hidden_layers": config.num_layers,
         "tie_word_embeddings": config.tied,
         "max_position_embeddings": config.context,
-        "num_attention_heads": one([m.num_heads for m in mixers], "num_heads"),
-        "num_key_value_heads": one([m.num_kv_heads or m.num_heads for m in mixers], "num_kv_heads"),
-        "head_dim": one([m.width(config.dim) for m in mixers], "head_dim"),
     }
     if isinstance(config.norm, RMSNorm):
         out["rms_norm_eps"] = config.norm.eps
     return out
+
+
+def write_decoder(config: Any) -> dict[str, Any]:
+    """The fields of `decoder`, and those of attention heads where all layers have the same."""
+    out = write_common(config)
+    mixers = [attention_of(block) for block in config.resolved()]
+    return out | {
+        "num_attention_heads": one([m.num_heads for m in mixers], "num_heads"),
+        "num_key_value_heads": one([m.num_kv_heads or m.num_heads for m in mixers], "num_kv_heads"),
+        "head_dim": one([m.width(config.dim) for m in mixers], "head_dim"),
+    }
 
 
 def dense_of(block: Block) -> FeedForward:

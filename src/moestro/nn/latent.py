@@ -76,7 +76,7 @@ class LatentAttention(nn.Module):
     ) -> tuple[Tensor, KVCache | None] | tuple[Tensor, KVCache | None, Operator]:
         B, S, _ = x.shape
         valid, position, segment = per_row(signals, B, S)
-        q, latent = self._projected(x, position, 0 if state is None else state.length)
+        q, latent = self._projected(x, position, 0 if state is None else state.length, signals)
 
         fresh = state is None or state.length == 0
         key_valid, key_segment = valid, segment
@@ -89,21 +89,23 @@ class LatentAttention(nn.Module):
         if not fresh and self._absorbs(S):
             q, k, v, out = self._absorbed(q, latent)
         else:
-            q, k, v, out = self._expanded(q, latent)
+            q, k, v, out = self._expanded(q, latent, signals if fresh else None)
         y = out(self._attend(q, k, v, mask, causal))
-        (y,) = products(y.transpose(1, 2).reshape(B, S, -1), self.o)
+        (y,) = products(y.transpose(1, 2).reshape(B, S, -1), self.o, signals=signals)
         if not operator:
             return y, state
         return y, state, mean_map(lambda value: self._attend(q, k, value, mask, causal), q, k)
 
-    def _projected(self, x: Tensor, position: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    def _projected(
+        self, x: Tensor, position: Tensor | None, start: int, signals: Signals | None
+    ) -> tuple[Tensor, Tensor]:
         """q [B, H, S, d_n + d_r] and [c | k_R] [B, 1, S, r + d_r], normed and rotated."""
         c = self.config
         if c.q_rank is None:
-            q, both = products(x, self.q, self.kv_down)
+            q, both = products(x, self.q, self.kv_down, signals=signals)
         else:
-            q, both = products(x, self.q_down, self.kv_down)
-            (q,) = products(self.q_norm(q), self.q_up)
+            q, both = products(x, self.q_down, self.kv_down, signals=signals)
+            (q,) = products(self.q_norm(q), self.q_up, signals=signals)
         q = q.unflatten(2, (self.num_heads, self.head_dim))
         q_plain, q_turned = q.split((c.nope_dim, c.rope_dim), dim=-1)
         latent, k_turned = both.split((c.kv_rank, c.rope_dim), dim=-1)
@@ -111,14 +113,14 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_plain, q_turned), dim=-1).transpose(1, 2)
         return q, torch.cat((self.kv_norm(latent), k_turned[:, :, 0]), dim=-1)[:, None]
 
-    def _expanded(self, q: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Operator]:
+    def _expanded(self, q: Tensor, latent: Tensor, signals: Signals | None) -> tuple[Tensor, Tensor, Tensor, Operator]:
         """Queries, keys and values of all heads, equally wide, and what makes [B, H, S, d_v] of the kernel's output.
 
         The fast kernels want one width: the narrower ones get zeros behind them.
         """
         c = self.config
         compressed, k_turned = latent.split((c.kv_rank, c.rope_dim), dim=-1)
-        (both,) = products(compressed[:, 0], self.kv_up)
+        (both,) = products(compressed[:, 0], self.kv_up, signals=signals)
         both = both.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k_plain, v = both.split((c.nope_dim, c.value_dim), dim=-1)
         k = torch.cat((k_plain, k_turned.expand(-1, self.num_heads, -1, -1)), dim=-1)
