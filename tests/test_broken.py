@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from broken import experts, losses, routers, training
+from broken import experts, losses, optimizers, routers, training
 from moestro.core.plan import Plan
 from moestro.losses.config import SwitchBalance
 from moestro.models.examples import examples as decoders
 from moestro.optim.clip import grad_norm
 from moestro.testing.experts import check_experts
 from moestro.testing.losses import check_loss, check_total
+from moestro.testing.optimizers import check_optimizer
 from moestro.testing.routers import check_router
 from moestro.testing.training import check_counts, check_load, check_norm
 from moestro.train.weights import load_weights
@@ -123,3 +124,9 @@ def test_6_a_load_that_leaves_weights_random():
     with pytest.raises(AssertionError, match="a missing tensor was accepted"):
         check_load(decoders()["moe"].build, training.load_what_fits)
     check_load(decoders()["moe"].build, lambda model, tensors: load_weights(model, tensors, Path("model.safetensors")))
+
+
+@pytest.mark.parametrize("broken", [optimizers.TakesTheStackForAMatrix, optimizers.TakesFusedPartsForAMatrix])
+def test_9_an_optimiser_that_takes_the_stack_for_one_matrix(broken):
+    with pytest.raises(AssertionError, match="stepped in its stack and alone"):
+        check_optimizer(broken)

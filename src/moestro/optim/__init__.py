@@ -1,5 +1,5 @@
 """Optimisers, schedules, clipping and what happens after a step. They know parameters by their metadata only."""
 
-from .config import WSD, AdamW, AfterStep, Cosine, ExpertAveraging, Optimizer, Schedule
+from .config import WSD, AdamW, AfterStep, Cosine, ExpertAveraging, Muon, Optimizer, Schedule
 
-__all__ = ["WSD", "AdamW", "AfterStep", "Cosine", "ExpertAveraging", "Optimizer", "Schedule"]
+__all__ = ["WSD", "AdamW", "AfterStep", "Cosine", "ExpertAveraging", "Muon", "Optimizer", "Schedule"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,14 @@ class AdamWOptimizer:
     weights, moments and step count; see optim/touched.py for what that means.
     """
 
-    def __init__(self, config: AdamW, model: nn.Module) -> None:
+    def __init__(self, config: AdamW, model: nn.Module, names: Collection[str] | None = None) -> None:
+        """names: the parameters to step; None = all that are trainable."""
         self.config = config
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        chosen = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.parameters = {n: p for n, p in chosen.items() if names is None or n in names}
         if not self.parameters:
             raise UserError("the model has no trainable parameter")
-        self.groups = group(config, model)
+        self.groups = group(config, model, self.parameters)
         self._inner = torch.optim.AdamW(
             [{"params": [self.parameters[n] for n in g.names], "weight_decay": g.decay} for g in self.groups],
             lr=config.lr,
@@ -121,12 +123,12 @@ class AdamWOptimizer:
             self._inner.state[self.parameters[name]] = {w: v.clone().to(device) for w, v in values.items()}
 
 
-def group(config: AdamW, model: nn.Module) -> list[Group]:
-    """The groups of a model's trainable parameters, in a fixed order."""
+def group(config: AdamW, model: nn.Module, names: Collection[str] | None = None) -> list[Group]:
+    """The groups of a model's trainable parameters (or of those in `names`), in a fixed order."""
     made: dict[tuple[float, float], list[str]] = {}
     infos = describe(model)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and (names is None or name in names):
             info = infos[name]
             made.setdefault((_factor(config, info), config.weight_decay if info.decay else 0.0), []).append(name)
     return [Group(lr, decay, tuple(names)) for (lr, decay), names in sorted(made.items())]

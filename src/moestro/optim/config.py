@@ -117,6 +117,33 @@ class AdamW(Optimizer):
                 raise UserError(f"AdamW.{name} must lie in 0..1 (1 excluded), found {getattr(self, name)}")
 
 
+@config
+class Muon(AdamW):
+    """Muon for the matrices of attention, dense layers and experts, each expert and each fused part a matrix of its
+    own; AdamW, with the fields it has here, for embeddings, head, norms, routers and all vectors."""
+
+    builds: ClassVar[str] = "moestro.optim.muon:MuonOptimizer"
+    momentum: float = 0.95
+    """Decay of the mean of gradients that is orthogonalised."""
+    nesterov: bool = True
+    """Look one step of momentum ahead."""
+    iterations: int = 5
+    """Newton-Schulz iterations."""
+    scale: Literal["match_rms", "original"] = "match_rms"
+    """Factor on an update of shape [A, B]: 0.2 sqrt(max(A, B)), as large as AdamW's updates so that its learning rate
+    and decay carry over (Moonlight), or sqrt(max(1, A / B)) (Jordan)."""
+    lr_matrix: float = 1.0
+    """Factor on the learning rate of matrices; with scale "original" they want a higher one than AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "iterations")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"Muon.momentum must lie in 0..1 (1 excluded), found {self.momentum}")
+        if not 0 <= self.lr_matrix < math.inf:
+            raise UserError(f"Muon.lr_matrix must be a number from 0 on, found {self.lr_matrix}")
+
+
 # What happens after a step ---------------------------------------------------------------------------------------
 
 
