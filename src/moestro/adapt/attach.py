@@ -69,9 +69,9 @@ def attach(model: nn.Module, config: Adapter) -> Attached:
     model.requires_grad_(False)
     for place in chosen:
         _put(model, place.path, _adapted(place, config, chosen))
-    policy = apply_policy(model, config.router)
     for module in adapters(model).values():
         _trainable(module)
+    policy = apply_policy(model, config.router)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     kinds: dict[str, int] = {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.carry import Carry
 from ..core.errors import UserError
 from ..core.params import ParamInfo
 from ..core.signals import Signals
+from ..core.trail import Trail
 from ..nn.feedforward import FeedForward
+from ..nn.linear import products
+from ..ops.few import linear
 
 __all__ = ["AdaptedFeedForward", "AdaptedLinear", "Delta"]
 
@@ -51,7 +54,9 @@ class AdaptedLinear(nn.Module):
         return self._base[0]
 
     def forward(self, x: Tensor, signals: Signals | None = None) -> Tensor:
-        return self.base(x) + self.delta(x, signals)
+        # Moestro's modules, which pass signals, call plain maps by `products`, others call them: the base stays exact
+        y = self.base(x) if signals is None else products(x, self.base)[0]
+        return y + self.delta(x, signals=signals)
 
     def unload(self) -> nn.Linear:
         """The base, apart from this module, with the weights as they are now."""
@@ -91,18 +96,15 @@ class AdaptedFeedForward(FeedForward):
         return self._base[0]
 
     def forward(self, x: Tensor, signals: Signals | None = None, carry: Any = None) -> Any:
-        from ..core.carry import Carry
-        from ..core.trail import Trail
-
-        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
         inner = self.activation(self._added(gate, "gate", x, signals)) * self._added(up, "up", x, signals)
-        y = self._added(F.linear(inner, self.down), "down", inner, signals)
+        y = self._added(linear(inner, self.down), "down", inner, signals)
         return y, Carry() if carry is None else carry, Trail()
 
     def _added(self, y: Tensor, name: str, x: Tensor, signals: Signals | None) -> Tensor:
         if name not in self.deltas:
             return y
-        return y + self.deltas[name](x, None if signals is None else signals.at(name))
+        return y + self.deltas[name](x, signals=signals)
 
     def unload(self) -> FeedForward:
         """The base, apart from this module, with the weights as they are now."""

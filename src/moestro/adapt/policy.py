@@ -69,7 +69,8 @@ def coefficients(model: nn.Module) -> dict[tuple[str, float], int]:
         router = getattr(module, "router", None)
         trains = isinstance(router, nn.Module) and any(p.requires_grad for p in router.parameters())
         for loss in losses:
-            key = (str(loss.name), float(loss.coefficient) if trains else 0.0)
+            pooled = getattr(module, "pooled_coefficient", 0.0)
+            key = (str(loss.name), float(loss.coefficient or pooled) if trains else 0.0)
             out[key] = out.get(key, 0) + 1
     return out
 

@@ -137,20 +137,22 @@ class Collected:
 
 @contextlib.contextmanager
 def collect(model: nn.Module, keep: Iterable[str] = ()) -> Iterator[Collected]:
-    """`with collect(model) as seen:` `seen.trail` holds plans, counts and losses of every drop-in layer of the model.
+    """`with collect(model) as seen:` `seen.trail` holds plans, counts and losses of every drop-in layer and
+    every mixture of adapters.
 
     keep: plan tensors to hold on to, of "probs", "logits", "extra" (they are [T, E] and dropped otherwise).
     Works by forward hooks that are gone after the block. Recomputation in a backward pass writes nothing. Raises
     `UserError` for a model without a drop-in layer.
     """
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, MoE)}
+    layers = {path: m for path, m in model.named_modules() if isinstance(getattr(m, "port", None), Port)}
     if not layers:
         raise UserError(
-            "collect: the model has no moestro.MoE layer (layers of moestro's own models return their trail)"
+            "collect: the model has no moestro.MoE layer and no mixture of adapters "
+            "(layers of moestro's own models return their trail)"
         )
     seen, kept = Collected(), frozenset(keep)
 
-    def watch(path: str, layer: MoE) -> Iterator[Any]:
+    def watch(path: str, layer: Any) -> Iterator[Any]:
         def write(module: nn.Module, args: Any, trail: Trail) -> None:
             if not in_backward():
                 seen._write(path, trail, layer.training)
