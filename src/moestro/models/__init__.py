@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from .config import Block, Decoder
-from .examples import examples
+from .config import Block, CrossBlock, Decoder, Encoder, EncoderDecoder, ParallelBlock, Stack
+from .examples import encoder_decoders, encoders, examples
 from .published import published
 
-__all__ = ["Block", "Decoder", "examples", "published"]
+__all__ = [
+    "Block",
+    "CrossBlock",
+    "Decoder",
+    "Encoder",
+    "EncoderDecoder",
+    "ParallelBlock",
+    "Stack",
+    "encoder_decoders",
+    "encoders",
+    "examples",
+    "published",
+]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
 from ..moe.config import MoELayer
-from ..nn.config import Attention, FeedForward, Mixer, Norm, RMSNorm
+from ..nn.config import (
+    FFN,
+    AbsolutePositions,
+    Attention,
+    CrossAttention,
+    FeedForward,
+    Mixer,
+    Norm,
+    RelativeBias,
+    RMSNorm,
+)
 
 
 @config
@@ -17,10 +28,12 @@ class Block(Config):
     builds: ClassVar[str] = "moestro.models.decoder:Block"
     mixer: Mixer = Attention()
     """The sequence mixer."""
-    ffn: FeedForward | MoELayer = FeedForward()
+    ffn: FFN | MoELayer = FeedForward()
     """The feed-forward layer."""
     norm: Norm = RMSNorm()
     """The norms before both."""
+    residual_scale: float = 1.0
+    """Factor on what mixer and feed-forward layer add to the residual (Granite)."""
 
 
 @config
@@ -28,6 +41,17 @@ class ParallelBlock(Block):
     """One norm, then mixer and feed-forward layer side by side, both added to the residual. Built with (dim)."""
 
     builds: ClassVar[str] = "moestro.models.decoder:ParallelBlock"
+
+
+@config
+class CrossBlock(Block):
+    """A block that also looks at a memory, between mixer and feed-forward layer. Built with (dim)."""
+
+    builds: ClassVar[str] = "moestro.models.cross:CrossBlock"
+    cross: CrossAttention = CrossAttention()
+    """The attention to the memory."""
+    source_dim: int | None = None
+    """Width of the memory; None = the model's."""
 
 
 @config
@@ -45,7 +69,7 @@ class Stack(Config):
     """Number of blocks."""
     attention: Mixer = Attention()
     """The attention of every block."""
-    ffn: FeedForward = FeedForward()
+    ffn: FFN = FeedForward()
     """The feed-forward layer of dense blocks."""
     moe: MoELayer | None = None
     """The routed layer of MoE blocks; None = a dense model."""
@@ -59,6 +83,12 @@ class Stack(Config):
     """The norms of the blocks and the last one."""
     embedding_scale: float | None = None
     """Factor on embeddings (Gemma: sqrt(dim)); None = 1."""
+    residual_scale: float = 1.0
+    """Factor on what mixers and feed-forward layers add to the residual (Granite); `blocks` say it themselves."""
+    positions: AbsolutePositions | None = None
+    """Positions that are added to embeddings."""
+    relative_bias: RelativeBias | None = None
+    """A bias on the scores of all blocks' attention, from one table for all (T5)."""
     context: int = 256
     """The most tokens of a sequence."""
     checkpoint: bool = False
@@ -73,6 +103,17 @@ class Stack(Config):
     def __post_init__(self) -> None:
         self.at_least(1, "vocab_size", "dim", "num_layers", "context")
         self.resolved()
+        if self.relative_bias is not None:
+            self.heads()
+
+    def heads(self) -> tuple[int, bool]:
+        """Query heads of every block's attention and whether it is causal: what a shared bias is built with."""
+        kinds = {(b.mixer.num_heads, b.mixer.causal) for b in self.resolved() if isinstance(b.mixer, Attention)}
+        if len(kinds) != 1 or not all(isinstance(b.mixer, Attention) for b in self.resolved()):
+            raise UserError(
+                f"{type(self).__name__}.relative_bias: needs plain attention with equally many heads in all blocks"
+            )
+        return kinds.pop()
 
     def branches(self) -> int:
         """How many times a block adds to the residual stream, over all blocks."""
@@ -94,6 +135,8 @@ class Stack(Config):
                 raise UserError(f"{name}.blocks: {len(self.blocks)} blocks for num_layers {self.num_layers}")
             if self.layout is not None or self.num_experts is not None:
                 raise UserError(f"{name}.blocks: already says what layout and num_experts would; leave those unset")
+            if self.residual_scale != 1.0:
+                raise UserError(f"{name}.blocks: say their residual_scale themselves; leave it at 1 here")
             return self.blocks
         kinds = self.kinds()
         if len(kinds) != self.num_layers:
@@ -106,10 +149,10 @@ class Stack(Config):
         counts = iter(self.num_experts or ())
         blocks: list[Block] = []
         for kind in kinds:
-            ffn: FeedForward | MoELayer = self.ffn
+            ffn: FFN | MoELayer = self.ffn
             if kind == "moe" and self.moe is not None:
                 ffn = self.moe if self.num_experts is None else self.moe.replace(num_experts=next(counts))
-            blocks.append(Block(mixer=self.attention, ffn=ffn, norm=self.norm))
+            blocks.append(Block(mixer=self.attention, ffn=ffn, norm=self.norm, residual_scale=self.residual_scale))
         return tuple(blocks)
 
 
@@ -123,5 +166,91 @@ class Decoder(Stack):
     builds: ClassVar[str] = "moestro.models.decoder:Decoder"
     tied: bool = False
     """Whether the head uses the embedding's matrix."""
+    head_bias: bool = False
+    """Whether the head has a bias, also where its matrix is the embedding's."""
+    logits_scaling: float = 1.0
+    """Logits, before the bias, are divided by this (Granite)."""
     allow_noncausal: bool = False
     """Accept routers that look at later tokens (generation then differs from training)."""
+    cross: CrossAttention | None = None
+    """Attention of every block to a memory; such a decoder is part of an EncoderDecoder."""
+    source_dim: int | None = None
+    """Width of the memory; None = the model's."""
+
+    def resolved(self) -> tuple[Block, ...]:
+        made = super().resolved()
+        if self.cross is None:
+            return made
+        if self.blocks is not None:
+            raise UserError("Decoder.blocks: say their cross-attention themselves (CrossBlock); leave cross unset")
+        cross = {"cross": self.cross, "source_dim": self.source_dim}
+        return tuple(CrossBlock(**{f.name: getattr(b, f.name) for f in dataclasses.fields(b)}, **cross) for b in made)
+
+    def branches(self) -> int:
+        return sum(3 if isinstance(b, CrossBlock) else 2 for b in self.resolved())
+
+
+@config
+class Encoder(Stack):
+    """Blocks in which every token sees its whole sequence; no head.
+
+    Either `attention`, `ffn`, `moe`, `layout` and `num_experts` describe the blocks, or `blocks` lists them one by one.
+    """
+
+    builds: ClassVar[str] = "moestro.models.encoder:Encoder"
+    attention: Mixer = Attention(causal=False)
+    """The attention of every block."""
+
+    def resolved(self) -> tuple[Block, ...]:
+        made = super().resolved()
+        for i, block in enumerate(made):
+            if getattr(block.mixer, "causal", True):
+                raise UserError(f"Encoder: block {i} looks back only; give it attention with causal=False")
+            if isinstance(block, CrossBlock):
+                raise UserError(f"Encoder: block {i} looks at a memory, and an encoder has none; use Block")
+        return made
+
+
+@config
+class EncoderDecoder(Config):
+    """An encoder, and a decoder whose blocks look at what it made.
+
+    `flops_per_token(seq_len)` is for one token of the source and one of the target, both sequences of seq_len: what
+    both sides cost at that length. For other lengths see the model's `flops(source_len, target_len)`.
+    """
+
+    builds: ClassVar[str] = "moestro.models.encoder_decoder:EncoderDecoder"
+    encoder: Encoder = Encoder()
+    """The side that reads the source."""
+    decoder: Decoder = Decoder(cross=CrossAttention())
+    """The side that writes the target; its blocks have cross-attention."""
+    shared: bool = True
+    """Whether both sides have one table of embeddings."""
+    start: int = 0
+    """The token that the decoder reads first."""
+    seed: int = 0
+    """Seed of the initial values, in place of those of the sides."""
+
+    def __post_init__(self) -> None:
+        e, d = self.encoder, self.decoder
+        blocks = [b for b in d.resolved() if isinstance(b, CrossBlock)]
+        if not blocks:
+            raise UserError("EncoderDecoder.decoder: no block looks at the encoder; set Decoder.cross")
+        for block in blocks:
+            width = d.dim if block.source_dim is None else block.source_dim
+            if width != e.dim:
+                raise UserError(f"EncoderDecoder: the encoder is {e.dim} wide, cross-attention expects {width}")
+        if self.shared and (e.vocab_size != d.vocab_size or e.dim != d.dim):
+            raise UserError("EncoderDecoder.shared: both sides need the same vocab_size and dim; set it to false")
+        if not 0 <= self.start < d.vocab_size:
+            raise UserError(f"EncoderDecoder.start: {self.start} is no token of 0..{d.vocab_size - 1}")
+
+    def seeds(self, seed: int | None = None) -> tuple[int, int]:
+        """Seeds of the two sides, which have parameters of the same names."""
+        seed = self.seed if seed is None else seed
+        return 2 * seed, 2 * seed + 1
+
+    def sides(self) -> tuple[Encoder, Decoder]:
+        """Encoder and decoder with their seeds."""
+        here, there = self.seeds()
+        return self.encoder.replace(seed=here), self.decoder.replace(seed=there)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.carry import Carry
@@ -12,6 +13,7 @@ from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..moe.config import MoELayer
+from ..nn.cross import Memory
 from ..ops.cross_entropy import cross_entropy
 from ..ops.few import linear
 from ..ops.pages import large_pages
@@ -27,31 +29,35 @@ class Head(nn.Linear):
 
     role = "head"
 
-    def __init__(self, vocab_size: int, dim: int) -> None:
-        super().__init__(dim, vocab_size, bias=False)
+    def __init__(self, vocab_size: int, dim: int, bias: bool = False) -> None:
+        super().__init__(dim, vocab_size, bias=bias)
         large_pages(self.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return linear(h, self.weight)
+        return linear(h, self.weight, self.bias)
 
 
 class TiedHead(nn.Module):
-    """Hidden states to logits with the embedding's matrix. It has no parameters, so none is saved twice."""
+    """Hidden states to logits with the embedding's matrix, which is not a parameter of it, so none is saved twice.
+    The bias, if any, is its own."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    role = "head"
+
+    def __init__(self, embedding: nn.Embedding, bias: bool = False) -> None:
         super().__init__()
         self._embedding = [embedding]  # a list hides it from the module tree
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings)) if bias else None
 
     @property
     def weight(self) -> Tensor:
         return self._embedding[0].weight
 
     def forward(self, h: Tensor) -> Tensor:
-        return linear(h, self.weight)
+        return linear(h, self.weight, self.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm block: `(h [B, S, D], signals, carry) -> (h, carry, trail)`.
+    """Pre-norm block: `(h [B, S, D], signals, carry) -> (h, carry, trail)`. bias: for the mixer, on its scores.
 
     The mixer's state travels in `carry.own` under "mixer"; none there = none is kept. A routed layer sees the block's
     signals, completed with `position`, `segment`, `unit_id` and `attend` where they are missing (the first three from
@@ -63,6 +69,7 @@ class Block(nn.Module):
         self.norms(config, dim)
         self.mixer = config.mixer.build(dim)
         self.ffn = config.ffn.build(dim)
+        self.residual_scale = config.residual_scale
         self.routed_ffn = isinstance(config.ffn, MoELayer)
         self.threads = bool(getattr(self.mixer, "threads", False))
         self.routed = self.routed_ffn or self.threads
@@ -72,16 +79,25 @@ class Block(nn.Module):
         self.mixer_norm = config.norm.build(dim)
         self.ffn_norm = config.norm.build(dim)
 
-    def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
+    def forward(
+        self, h: Tensor, signals: Signals, carry: Carry, bias: Tensor | None = None
+    ) -> tuple[Tensor, Carry, Trail]:
         state = carry.own.get("mixer")
-        y, attend, carry, trail = self.mix(self.mixer_norm(h), signals, carry, state)
-        h = h + y
+        y, attend, carry, trail = self.mix(self.mixer_norm(h), signals, carry, state, bias)
+        h = self.add(h, y)
         y, carry, left = self.feed(self.ffn_norm(h), signals, carry, state, attend)
-        return h + y, carry, trail | left
+        return self.add(h, y), carry, trail | left
 
-    def mix(self, x: Tensor, signals: Signals, carry: Carry, state: Any) -> tuple[Tensor, Any, Carry, Trail]:
+    def add(self, h: Tensor, y: Tensor) -> Tensor:
+        """h + residual_scale * y."""
+        return h + y if self.residual_scale == 1.0 else h + y * self.residual_scale
+
+    def mix(
+        self, x: Tensor, signals: Signals, carry: Carry, state: Any, bias: Tensor | None = None
+    ) -> tuple[Tensor, Any, Carry, Trail]:
         """The mixer's output, its attention as an operator (or None), and the carry with its state."""
         mixer, attend, trail = self.mixer, None, Trail()
+        more: dict[str, Any] = {} if bias is None else {"bias": bias}
         if self.threads:
             where = places(signals, x, state) if signals.places is None else signals.places
             inner = carry.at("mixer")
@@ -89,9 +105,9 @@ class Block(nn.Module):
             y, after, inner, trail = mixer(x, changed(signals.at("mixer"), **where, places=None), state, inner)
             carry = carry.back("mixer", inner)
         elif self.routed_ffn and getattr(mixer, "offers_operator", False):
-            y, after, attend = mixer(x, signals, state, operator=True)
+            y, after, attend = mixer(x, signals, state, operator=True, **more)
         else:
-            y, after = mixer(x, signals, state)
+            y, after = mixer(x, signals, state, **more)
         return y, attend, carry if after is None else carry.put("mixer", after), trail.under("mixer")
 
     def feed(self, x: Tensor, signals: Signals, carry: Carry, state: Any, attend: Any) -> tuple[Tensor, Carry, Trail]:
@@ -112,12 +128,14 @@ class ParallelBlock(Block):
     def norms(self, config: BlockConfig, dim: int) -> None:
         self.norm = config.norm.build(dim)
 
-    def forward(self, h: Tensor, signals: Signals, carry: Carry) -> tuple[Tensor, Carry, Trail]:
+    def forward(
+        self, h: Tensor, signals: Signals, carry: Carry, bias: Tensor | None = None
+    ) -> tuple[Tensor, Carry, Trail]:
         state = carry.own.get("mixer")
         x = self.norm(h)
-        y, attend, carry, trail = self.mix(x, signals, carry, state)
+        y, attend, carry, trail = self.mix(x, signals, carry, state, bias)
         z, carry, left = self.feed(x, signals, carry, state, attend)
-        return h + y + z, carry, trail | left
+        return self.add(self.add(h, y), z), carry, trail | left
 
 
 class Decoder(Stack):
@@ -126,22 +144,42 @@ class Decoder(Stack):
     Shapes: tokens [B, S] int64 -> logits [B, S, V]; h [B, S, D].
     Carry and trail: paths are those of the modules, such as "layers.3.ffn". Passes that thread a carry made by
     `new_cache` continue each other (cached decoding); without one nothing is kept.
+    memory: what blocks with cross-attention look at (models/encoder_decoder.py).
     """
 
     config: DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.head = TiedHead(self.embed) if config.tied else Head(config.vocab_size, config.dim)
+        bias = config.head_bias
+        self.head = TiedHead(self.embed, bias) if config.tied else Head(config.vocab_size, config.dim, bias)
         if not config.allow_noncausal:
             _refuse_noncausal(self)
         if not self.embed.weight.is_meta:
             self.initialise()
 
-    def forward(
-        self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None
+    def run(
+        self,
+        h: Tensor,
+        signals: Signals | None = None,
+        carry: Carry | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
-        h, carry, trail = self.hidden(tokens, signals, carry)
+        h, carry, trail = super().run(h, signals, carry, start, stop, memory)
+        if self.config.logits_scaling != 1.0 and stop in (None, self.config.num_layers):
+            h = h / self.config.logits_scaling  # here and not on the logits: so every reader of `head` has it
+        return h, carry, trail
+
+    def forward(
+        self,
+        tokens: Tensor,
+        signals: Signals | None = None,
+        carry: Carry | None = None,
+        memory: Memory | None = None,
+    ) -> tuple[Tensor, Carry, Trail]:
+        h, carry, trail = self.hidden(tokens, signals, carry, memory)
         return self.head(h), carry, trail
 
     def loss(
@@ -152,9 +190,13 @@ class Decoder(Stack):
         Shapes: tokens, targets [B, S]; targets of -1 and padding (`signals.valid`) do not count.
         """
         h, carry, trail = self.hidden(tokens, signals, carry)
-        valid = None if signals is None else signals.valid
-        total, count = cross_entropy(h.flatten(0, 1), self.head.weight, targets.reshape(-1), valid)
+        total, count = self.nats(h, targets, None if signals is None else signals.valid)
         return total, count, carry, trail
+
+    def nats(self, h: Tensor, targets: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(sum of nats [], number of targets []) of what `head` would say to h [B, S, D]; see `loss`."""
+        flat, head = h.flatten(0, 1), self.head
+        return cross_entropy(flat, head.weight, targets.reshape(-1), valid, bias=head.bias)
 
     def new_cache(self, capacity: int | None = None) -> Carry:
         """A carry with an empty state for every mixer, for at most `capacity` tokens (default: the context)."""
@@ -162,6 +204,8 @@ class Decoder(Stack):
         own: dict[str, Any] = {}
         for i, layer in enumerate(self.layers):
             own[f"layers.{i}.mixer"] = layer.mixer.new_state(capacity)  # type: ignore[union-attr, operator]
+            if hasattr(layer, "cross"):
+                own[f"layers.{i}.cross"] = layer.cross.new_state()  # type: ignore[union-attr, operator]
         return Carry(own=own)
 
     def extra_flops(self, seq_len: int) -> int:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from ..experts.config import Gated
+from ..experts.config import MLP, Gated
 from ..moe.config import AttentionExperts, MoELayer
-from ..nn.config import Attention, FeedForward, LatentAttention, Rotary, YaRN
+from ..nn.config import (
+    Attention,
+    CrossAttention,
+    FeedForward,
+    LatentAttention,
+    LayerNorm,
+    Learned,
+    PlainFeedForward,
+    RelativeBias,
+    Rotary,
+    Sinusoidal,
+    YaRN,
+)
 from ..routers.config import GroupLimited, LossFree, Raw, Renormalised, Router, TopK
-from .config import Block, Decoder, ParallelBlock
+from .config import Block, Decoder, Encoder, EncoderDecoder, ParallelBlock
 
-__all__ = ["examples"]
+__all__ = ["encoder_decoders", "encoders", "examples"]
 
 _ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=6)
 _LATENT = LatentAttention(num_heads=3, kv_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
 _DENSE = FeedForward(width=20)
 _MOE = MoELayer(num_experts=4, router=Router(select=TopK(k=2)), experts=Gated(width=12))
+_BIAS = RelativeBias(buckets=8, max_distance=16)
+_SWITCH = MoELayer(
+    num_experts=4,
+    router=Router(select=TopK(k=1), weigh=Raw()),
+    experts=MLP(width=12, activation="relu"),
+)
 
 
 def examples() -> dict[str, Decoder]:
@@ -49,4 +67,65 @@ def examples() -> dict[str, Decoder]:
         "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
         "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),
         "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),
+    }
+
+
+def encoders() -> dict[str, Encoder]:
+    """Name -> config of encoders, each built in milliseconds."""
+    both = _ATTENTION.replace(causal=False)
+    base = Encoder(vocab_size=37, dim=16, num_layers=2, attention=both, ffn=_DENSE, moe=_MOE, context=32)
+    plain = both.replace(positions=None)
+    own = Block(mixer=both.replace(positions=_BIAS, qk_norm="head"), ffn=_MOE)
+    return {
+        "moe": base,
+        "dense": base.replace(moe=None, checkpoint=True),
+        "t5": base.replace(
+            attention=plain.replace(scale=1.0),
+            relative_bias=_BIAS,
+            ffn=PlainFeedForward(width=20),
+            moe=_SWITCH,
+            layout=("dense", "moe"),
+            checkpoint=True,
+        ),
+        "bert": base.replace(
+            attention=plain.replace(bias="all"),
+            positions=Learned(),
+            ffn=PlainFeedForward(width=20, activation="gelu", bias=True),
+            norm=LayerNorm(),
+            layout=("moe", "dense"),
+        ),
+        "blocks": base.replace(blocks=(own, Block(mixer=both, ffn=_DENSE)), positions=Sinusoidal()),
+    }
+
+
+def encoder_decoders() -> dict[str, EncoderDecoder]:
+    """Name -> config of encoder-decoders, each built in milliseconds."""
+    t5, moe = encoders()["t5"], encoders()["moe"]
+    cross = CrossAttention(num_heads=4, head_dim=6)
+    writer = examples()["moe"].replace(cross=cross)
+    learned = {"positions": Learned()}
+    return {
+        "t5": EncoderDecoder(
+            encoder=t5,
+            decoder=writer.replace(
+                attention=t5.attention.replace(causal=True),
+                relative_bias=_BIAS,
+                cross=cross.replace(scale=1.0),
+                ffn=t5.ffn,
+                moe=_SWITCH,
+                layout=("moe", "dense"),
+                tied=True,
+                logits_scaling=4.0,
+                checkpoint=True,
+            ),
+        ),
+        "rotary": EncoderDecoder(
+            encoder=moe.replace(dim=12, vocab_size=31),
+            decoder=writer.replace(cross=cross.replace(num_kv_heads=2, qk_norm=True, bias="all"), source_dim=12),
+            shared=False,
+            start=1,
+        ),
+        "dense": EncoderDecoder(
+            encoder=moe.replace(moe=None, **learned), decoder=writer.replace(moe=None, tied=True, **learned)
+        ),
     }

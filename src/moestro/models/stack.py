@@ -14,6 +14,7 @@ from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..nn.cache import KVCache
+from ..nn.cross import Memory
 from ..nn.init import initialise
 from ..ops.choice import checkpoint
 from .config import Stack as StackConfig
@@ -92,6 +93,8 @@ class Stack(nn.Module):
         self.embed: Any = Embedding(config.vocab_size, config.dim, config.embedding_scale) if embed is None else embed
         self.layers = nn.ModuleList(block.build(config.dim) for block in config.resolved())
         self.norm = config.norm.build(config.dim)
+        self.positions = config.positions.build(config.dim, config.context) if config.positions else None
+        self.relative = config.relative_bias.build(*config.heads()) if config.relative_bias else None
 
     def initialise(self, seed: int | None = None) -> None:
         """(Re)draw all parameters from the config's seed, or from another."""
@@ -106,9 +109,10 @@ class Stack(nn.Module):
         carry: Carry | None = None,
         start: int = 0,
         stop: int | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
         """Blocks `start` to `stop` (exclusive; None = to the end). The final norm belongs to the end: a run through the
-        last block returns what `head` takes.
+        last block returns what `head` takes. Positions that are added to embeddings belong to the first block.
         """
         signals = Signals() if signals is None else signals
         carry = Carry() if carry is None else carry
@@ -121,6 +125,13 @@ class Stack(nn.Module):
         told: dict[int, Signals] = {}  # by how much the mixer has seen: the same for all layers of one kind
         names = [f"layers.{i}" for i in range(start, stop)]
         parts, after = carry.apart(names), carry
+        more: dict[str, Any] = {} if memory is None else {"memory": memory}
+        if self.positions is not None or self.relative is not None:
+            before = length_of(parts[0].get("mixer")) if parts else 0
+            if self.positions is not None and start == 0 and parts:
+                h = self.positions(h, signals.position, before)
+            if self.relative is not None:
+                more["bias"] = self.relative(h.shape[1], before + h.shape[1])
         for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
             inner, seen = changed(after, own=parts[i]), signals
             if getattr(layer, "routed", False) and signals.places is None:
@@ -130,15 +141,19 @@ class Stack(nn.Module):
                     told[length] = changed(signals, places=places(signals, h, state))
                 seen = told[length]
             if save:
-                h, after, left = checkpoint(layer, h, seen.at(name), inner)
+                h, after, left = checkpoint(layer, h, seen.at(name), inner, **more)
             else:
-                h, after, left = layer(h, seen.at(name), inner)
+                h, after, left = layer(h, seen.at(name), inner, **more)
             parts[i] = after.own
             trail = trail | left.under(name)
         return self.norm(h) if stop == last else h, carry.together(names, parts, after), trail
 
     def hidden(
-        self, tokens: Tensor, signals: Signals | None = None, carry: Carry | None = None
+        self,
+        tokens: Tensor,
+        signals: Signals | None = None,
+        carry: Carry | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
         """What a head takes, [B, S, D]. Raises `UserError` for tokens that are no [B, S] or more than the context."""
         what = type(self).__name__.lower()
@@ -149,4 +164,11 @@ class Stack(nn.Module):
         signals = Signals() if signals is None else signals
         if signals.token is None:
             signals = changed(signals, token=tokens.reshape(-1))
-        return self.run(self.embed(tokens), signals, carry)
+        return self.run(self.embed(tokens), signals, carry, memory=memory)
+
+    def extra_backward_flops(self, seq_len: int) -> int:
+        """Scores with a bias that is learned go by the plain path, which keeps them and computes none again."""
+        if self.relative is None:
+            return 0
+        mixers = [layer.mixer for layer in self.layers]
+        return -sum(m.extra_backward_flops(seq_len) for m in mixers)  # type: ignore[union-attr, operator]

@@ -229,5 +229,6 @@ class Attention(nn.Module):
         return 4 * self.num_heads * self.head_dim * seq_len
 
     def extra_backward_flops(self, seq_len: int) -> int:
-        """What a backward pass costs beyond two forward passes: the scores are computed again."""
-        return self.extra_flops(seq_len) // 2
+        """What a backward pass costs beyond two forward passes: the scores are computed again, unless they have a
+        learned bias, for which the plain path keeps them."""
+        return 0 if self.relative is not None else self.extra_flops(seq_len) // 2
