@@ -1,4 +1,4 @@
-"""Registered losses and decoders, with every router, pass the conformance suite because they are registered.
+"""Registered losses and models, with every router, pass the conformance suite because they are registered.
 
 Routers, banks and exchanges by themselves: see their folders.
 """
@@ -11,6 +11,7 @@ import torch
 from moestro.core.errors import UserError
 from moestro.experts.config import Gated
 from moestro.losses import examples as losses
+from moestro.models.examples import encoder_decoders, encoders
 from moestro.models.examples import examples as models
 from moestro.moe.config import MoELayer
 from moestro.routers.config import All, ExpertChoiceSelect
@@ -31,6 +32,16 @@ def test_loss(name):
 @pytest.mark.parametrize("name", models())
 def test_model(name):
     check_model(models()[name])
+
+
+@pytest.mark.parametrize("name", encoders())
+def test_encoder(name):
+    check_model(encoders()[name])
+
+
+@pytest.mark.parametrize("name", encoder_decoders())
+def test_encoder_decoder(name):
+    check_model(encoder_decoders()[name])
 
 
 @pytest.mark.parametrize("name", routers())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from flop_cases import counter
 from moestro.core.account import Cost, breakdown, cost
 from moestro.experts import Gated
 from moestro.models import Decoder, examples
@@ -30,29 +28,6 @@ ODD = Decoder(
     context=S,
 )
 CONFIGS = {**examples(), "odd": ODD, "odd_tied": ODD.replace(tied=True)}
-
-
-def counter() -> FlopCounterMode:
-    """torch counts every attention kernel but the CPU's flash one; that gets the formula of the others.
-
-    Grouped heads are counted as their queries' heads, as the formula of the plain path does.
-    """
-
-    def spread(q: Any, *kv: Any) -> list[tuple[int, ...]]:
-        return [(t[0], q[1], *t[2:]) for t in kv]
-
-    def forward(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_flop_count(q, *spread(q, k, v))
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return sdpa_backward_flop_count(grad, q, *spread(q, k, v))
-
-    ops = torch.ops.aten
-    mapping = {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def tokens(config: Decoder, n: int) -> torch.Tensor:

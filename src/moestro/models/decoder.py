@@ -153,6 +153,7 @@ class Decoder(Stack):
         super().__init__(config)
         bias = config.head_bias
         self.head = TiedHead(self.embed, bias) if config.tied else Head(config.vocab_size, config.dim, bias)
+        self.crosses = any(hasattr(layer, "cross") for layer in self.layers)
         if not config.allow_noncausal:
             _refuse_noncausal(self)
         if not self.embed.weight.is_meta:
@@ -167,6 +168,8 @@ class Decoder(Stack):
         stop: int | None = None,
         memory: Memory | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
+        if memory is not None and not self.crosses:
+            raise UserError("a memory is of no use to this decoder: no block has cross-attention; set Decoder.cross")
         h, carry, trail = super().run(h, signals, carry, start, stop, memory)
         if self.config.logits_scaling != 1.0 and stop in (None, self.config.num_layers):
             h = h / self.config.logits_scaling  # here and not on the logits: so every reader of `head` has it

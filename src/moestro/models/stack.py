@@ -125,7 +125,7 @@ class Stack(nn.Module):
         told: dict[int, Signals] = {}  # by how much the mixer has seen: the same for all layers of one kind
         names = [f"layers.{i}" for i in range(start, stop)]
         parts, after = carry.apart(names), carry
-        more: dict[str, Any] = {} if memory is None else {"memory": memory}
+        more: dict[str, Any] = {}
         if self.positions is not None or self.relative is not None:
             before = length_of(parts[0].get("mixer")) if parts else 0
             if self.positions is not None and start == 0 and parts:
@@ -140,6 +140,10 @@ class Stack(nn.Module):
                 if length not in told:
                     told[length] = changed(signals, places=places(signals, h, state))
                 seen = told[length]
+            if memory is not None and hasattr(layer, "cross"):
+                more["memory"] = memory
+            else:
+                more.pop("memory", None)
             if save:
                 h, after, left = checkpoint(layer, h, seen.at(name), inner, **more)
             else:

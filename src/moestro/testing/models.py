@@ -1,4 +1,4 @@
-"""`check_model`: what must hold for a decoder, whatever parts it is made of."""
+"""`check_model`: what must hold for a decoder, an encoder or both together, whatever parts they are made of."""
 
 from __future__ import annotations
 
@@ -12,29 +12,39 @@ from torch import Tensor, nn
 from ..core.carry import Carry
 from ..core.params import describe
 from ..core.signals import Signals
+from ..core.trail import Trail
+from ..models.encoder import Encoder
+from ..models.encoder_decoder import EncoderDecoder
 from .compare import assert_close
 
 __all__ = ["check_model"]
 
 
 def check_model(config: Any, *, batch: int = 2, length: int = 12, steps: int = 20, causal: bool = True) -> None:
-    """Build the decoder and run every check.
+    """Build the model and run every check. config: of a Decoder, an Encoder or an EncoderDecoder.
 
     Finite loss; a gradient for every trained parameter and a nonzero one for every trained router; no logit changed by
     later tokens, in training, in evaluation and in cached decoding; padding neither seen nor answered; state dict round
-    trip; counted parameters; a loss that falls in `steps` steps.
+    trip; counted parameters; a loss that falls in `steps` steps. An encoder has no order in time: instead, its first
+    outputs must depend on the last token. The decoder of a pair is held to what is said of decoders, its source given;
+    that source must matter, and padding in it must not.
     """
     from ..nn.init import initialise
 
     model = config.build()
     initialise(model, 0)
-    tokens = torch.randint(0, config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(4))
+    vocab = config.decoder.vocab_size if isinstance(model, EncoderDecoder) else config.vocab_size
+    tokens = torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(4))
     _check_count(config, model)
     _check_gradients(model, tokens)
-    if causal:
+    if isinstance(model, Encoder):
+        _check_both_directions(model, tokens)
+    elif causal:
         _check_causality(model, tokens)
         _check_cache(model, tokens)
     _check_padding(model, tokens)
+    if isinstance(model, EncoderDecoder):
+        _check_source(model, tokens)
     _check_round_trip(config, model, tokens)
     _check_learning(model, tokens, steps)
 
@@ -59,14 +69,35 @@ def signals_of(
     )
 
 
+def _source(model: EncoderDecoder, batch: int) -> Tensor:
+    """What the encoder of a pair reads, the same for every target."""
+    vocab = model.config.encoder.vocab_size
+    return torch.randint(0, vocab, (batch, 9), generator=torch.Generator().manual_seed(5))
+
+
+def _run(model: nn.Module, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Trail]:
+    """What the model says of whole sequences: logits; hidden states of an encoder."""
+    signals = signals_of(tokens, **kwargs)
+    if isinstance(model, EncoderDecoder):
+        source = _source(model, tokens.shape[0])
+        said, _, trail = model(source, tokens, signals, None, signals_of(source, knobs=kwargs.get("knobs")))
+    else:
+        said, _, trail = model(tokens, signals)
+    return said, trail
+
+
 def _logits(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
-    return model(tokens, signals_of(tokens, **kwargs))[0]
+    return _run(model, tokens, **kwargs)[0]
 
 
 def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits, _, trail = model(tokens, signals_of(tokens))
-    nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
-    return nats + trail.loss()
+    """Of the next token; of an encoder, which has seen it, of the token at the mirrored place."""
+    said, trail = _run(model, tokens)
+    if isinstance(model, Encoder):
+        said, targets = said @ model.embed.weight.t(), tokens.flip(1)
+    else:
+        said, targets = said[:, :-1], tokens[:, 1:]
+    return nn.functional.cross_entropy(said.flatten(0, 1).float(), targets.flatten()) + trail.loss()
 
 
 def _check_count(config: Any, model: nn.Module) -> None:
@@ -102,6 +133,38 @@ def _check_gradients(model: nn.Module, tokens: Tensor) -> None:
             raise AssertionError(f"gradient: the router of {at} received only zeros")
 
 
+def _check_both_directions(model: Encoder, tokens: Tensor) -> None:
+    model.eval()
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 7
+    with torch.no_grad():
+        before, after = _logits(model, tokens)[:, 0], _logits(model, changed)[:, 0]
+    if bool((before == after).all(-1).any()):
+        raise AssertionError("both directions: an output of the first token does not depend on the last token")
+
+
+def _check_source(model: EncoderDecoder, tokens: Tensor) -> None:
+    """Every logit depends on the source, and on nothing of its padding."""
+    model.eval()
+    source = _source(model, tokens.shape[0])
+    valid = torch.ones_like(source, dtype=torch.bool)
+    valid[-1, 6:] = False
+
+    def logits(of: Tensor) -> Tensor:
+        return model(of, tokens, signals_of(tokens), None, signals_of(of, valid))[0]
+
+    with torch.no_grad():
+        want = logits(source)
+        loud = torch.where(valid, source, (source + 1) % 7)
+        assert_close("padding of the source: logits", logits(loud), want, 1e-5)
+        short = source[-1:, :6]
+        alone = model(short, tokens[-1:], signals_of(tokens[-1:]), None, signals_of(short))[0]
+        assert_close("padding of the source: logits without it", want[-1:], alone, 1e-4)
+        other = logits(torch.where(valid, (source + 1) % 7, source))
+    if bool((other == want).all(-1).any()):
+        raise AssertionError("source: a logit of the target does not depend on it")
+
+
 def _check_causality(model: nn.Module, tokens: Tensor) -> None:
     for training in (True, False):
         model.train(training)
@@ -129,12 +192,17 @@ def _check_cache(model: nn.Module, tokens: Tensor) -> None:
         want = _logits(model, tokens, knobs=roomy)
         half = tokens.shape[1] // 2
         carry: Carry = model.new_cache(tokens.shape[1])  # type: ignore[operator]
-        got, carry, _ = model(tokens[:, :half], signals_of(tokens[:, :half], knobs=roomy), carry)
-        parts = [got]
-        for t in range(half, tokens.shape[1]):
-            step = tokens[:, t : t + 1]
-            got, carry, _ = model(step, signals_of(step, start=t, knobs=roomy), carry)
+        memory: tuple[Any, ...] = ()
+        if isinstance(model, EncoderDecoder):
+            source = _source(model, tokens.shape[0])
+            memory = (model.encode(source, signals_of(source, knobs=roomy))[0],)
+        call: Any = model.decode if isinstance(model, EncoderDecoder) else model
+        parts = []
+        for start, stop in [(0, half), *((t, t + 1) for t in range(half, tokens.shape[1]))]:
+            part = tokens[:, start:stop]
+            got, carry, _ = call(part, *memory, signals_of(part, start=start, knobs=roomy), carry)
             parts.append(got)
+            memory = (None,) if memory else ()  # from here on it is in the carry
     assert_close("cached decoding", torch.cat(parts, dim=1), want, 1e-4)
 
 
