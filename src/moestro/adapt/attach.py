@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .lora.bank import LoRABank, adaptable, parts_of
 from .lora.linear import LoRAFeedForward, LoRALinear
 from .policy import apply_policy
 
-__all__ = ["Attached", "adapters", "attach", "merge", "unload", "unmerge"]
+__all__ = ["Attached", "Place", "adapters", "attach", "attach_at", "factors", "merge", "places", "unload", "unmerge"]
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "experts": ("gate", "up", "down"),
@@ -44,8 +44,8 @@ class Attached:
 
 
 @dataclasses.dataclass
-class Place_:
-    """One module that can take adapters. group: its logical name, or "" for linear layers found by pattern."""
+class Place:
+    """One module that can take adapters, or that has some. group: its logical name, or "" for other linear layers."""
 
     path: str
     module: nn.Module
@@ -62,9 +62,24 @@ def attach(model: nn.Module, config: Adapter) -> Attached:
     adapters already or can have none, and where only some of gate, up and down of a bank or feed-forward layer are
     named without `partial=True`.
     """
-    found = list(_places(model))
+    found = list(places(model))
     _choose(found, config)
-    chosen = [p for p in found if p.wanted]
+    return _attach(model, config, [p for p in found if p.wanted])
+
+
+def attach_at(model: nn.Module, config: Adapter, where: Mapping[str, Iterable[str]]) -> Attached:
+    """`attach` at paths of modules, each with the names of its parts, in place of `config.targets`."""
+    found = {p.path: p for p in places(model)}
+    for path, parts in where.items():
+        if path not in found:
+            raise UserError(f"adapters attached to nothing: the model has no {path!r}{did_you_mean(path, found)}")
+        found[path].wanted |= set(parts) & set(found[path].parts)
+    return _attach(model, config, [p for p in found.values() if p.wanted])
+
+
+def _attach(model: nn.Module, config: Adapter, chosen: list[Place]) -> Attached:
+    if not chosen:
+        raise UserError("adapters attached to nothing")
     _check(chosen, config)
     model.requires_grad_(False)
     for place in chosen:
@@ -80,8 +95,8 @@ def attach(model: nn.Module, config: Adapter) -> Attached:
         kinds[label] = kinds.get(label, 0) + 1
     lines = [f"adapters on {n} x {label}" for label, n in kinds.items()]
     lines.append(f"{trainable:,} of {total:,} parameters train ({trainable / max(1, total):.2%})")
-    places = {p.path: tuple(q for q in p.parts if q in p.wanted) for p in chosen}
-    return Attached(places, trainable, total, (*lines, *policy.lines))
+    done = {p.path: tuple(q for q in p.parts if q in p.wanted) for p in chosen}
+    return Attached(done, trainable, total, (*lines, *policy.lines))
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
@@ -142,7 +157,7 @@ def _trainable(module: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _places(model: nn.Module) -> Iterator[Place_]:
+def places(model: nn.Module) -> Iterator[Place]:
     """Every module that can take adapters, or that looks as if it should."""
     inside: set[int] = set()
     for path, module in model.named_modules():
@@ -151,22 +166,24 @@ def _places(model: nn.Module) -> Iterator[Place_]:
         if isinstance(module, LoRABank | AdaptedLinear | AdaptedFeedForward):
             inside.update(id(m) for m in module.modules())
             group = "" if isinstance(module, AdaptedLinear) else "ffn"
-            group = _bank_group(module) if isinstance(module, LoRABank) else group
-            yield Place_(path, module, group, GROUPS.get(group, ("weight",)))
+            parts = GROUPS.get(group, ("weight",))
+            if isinstance(module, LoRABank):
+                group, parts = _bank_group(module), parts_of(module.source)
+            yield Place(path, module, group, parts)
         elif isinstance(module, Bank):
             inside.update(id(m) for m in module.modules())
-            yield Place_(path, module, _bank_group(module), parts_of(module) or GROUPS["experts"])
+            yield Place(path, module, _bank_group(module), parts_of(module) or GROUPS["experts"])
         elif isinstance(module, FeedForward):
-            yield Place_(path, module, "ffn", GROUPS["ffn"])
+            yield Place(path, module, "ffn", GROUPS["ffn"])
         elif isinstance(module, Attention):
             for name in GROUPS["attention"]:
                 child = getattr(module, name)
                 inside.add(id(child))
                 if isinstance(child, nn.Linear | AdaptedLinear):
                     inside.update(id(m) for m in child.modules())
-                    yield Place_(f"{path}.{name}".lstrip("."), child, "attention", (name,))
+                    yield Place(f"{path}.{name}".lstrip("."), child, "attention", (name,))
         elif isinstance(module, nn.Linear):
-            yield Place_(path, module, "", ("weight",))
+            yield Place(path, module, "", ("weight",))
 
 
 def _bank_group(bank: Bank) -> str:
@@ -179,7 +196,7 @@ def layer_of(path: str) -> int | None:
     return None if number is None else int(number[1])
 
 
-def _choose(places: list[Place_], config: Adapter) -> None:
+def _choose(places: list[Place], config: Adapter) -> None:
     """Mark what the targets name; every one must name something."""
     for target in config.targets:
         hits = 0
@@ -199,7 +216,7 @@ def _choose(places: list[Place_], config: Adapter) -> None:
             )
 
 
-def _named(place: Place_, target: str) -> set[str]:
+def _named(place: Place, target: str) -> set[str]:
     group, _, part = target.partition(".")
     if group in GROUPS:
         if place.group != group:
@@ -211,7 +228,7 @@ def _named(place: Place_, target: str) -> set[str]:
     return set(place.parts) if hit else set()
 
 
-def _present(places: list[Place_]) -> str:
+def _present(places: list[Place]) -> str:
     groups = dict.fromkeys(p.group for p in places if p.group)
     said = [f"{g} ({', '.join(next(p.parts for p in places if p.group == g))})" for g in groups if g != "attention"]
     said += ["attention (q, k, v, o)"] if "attention" in groups else []
@@ -220,7 +237,7 @@ def _present(places: list[Place_]) -> str:
     return ", ".join(said) or "nothing that takes adapters"
 
 
-def _check(chosen: list[Place_], config: Adapter) -> None:
+def _check(chosen: list[Place], config: Adapter) -> None:
     for place in chosen:
         module = place.module
         if isinstance(module, LoRABank | AdaptedLinear | AdaptedFeedForward):
@@ -241,7 +258,7 @@ def _check(chosen: list[Place_], config: Adapter) -> None:
             )
 
 
-def _adapted(place: Place_, config: Adapter, chosen: list[Place_]) -> nn.Module:
+def _adapted(place: Place, config: Adapter, chosen: list[Place]) -> nn.Module:
     module: Any = place.module
     parts = tuple(p for p in place.parts if p in place.wanted)
     if isinstance(config, Mixture):
@@ -252,7 +269,8 @@ def _adapted(place: Place_, config: Adapter, chosen: list[Place_]) -> nn.Module:
         return mixture_of(module, config, place.path, parts, layers.index(-1 if own is None else own), len(layers))
     assert isinstance(config, LoRA)
     if isinstance(module, Bank):
-        return LoRABank(module, config, parts, place.path)
+        alone = place.group == "shared"  # joined speaks of stacks
+        return LoRABank(module, config.replace(joined=False) if alone else config, parts, place.path)
     if isinstance(module, FeedForward):
         return LoRAFeedForward(module, config, parts, place.path)
     return LoRALinear(module, config, place.path)

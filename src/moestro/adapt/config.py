@@ -122,7 +122,7 @@ class LoRA(Adapter):
     shared: Literal["none", "a", "b", "both"] = "none"
     """Which factors of a bank all of its experts share."""
     joined: bool = False
-    """Gate and up have one A between them, as PEFT's adapters of fused matrices have."""
+    """Gate and up of routed experts have one A between them, as PEFT's adapters of fused matrices have."""
     partial: bool = False
     """Adapt only some of gate, up and down on purpose."""
 
