@@ -14,6 +14,7 @@ from moestro.routers import (
     ByProbability,
     Capacity,
     FirstChoices,
+    FixedCapacity,
     Priority,
     RandomSecond,
     Raw,
@@ -247,3 +248,19 @@ def test_dropped_second_choices_take_no_room() -> None:
     plan = limited(x, both, given=signals(40))
     assert load(plan).tolist() == [10, min(10, int(limited(x, RandomSecond(), given=signals(40)).kept[:, 1].sum()))]
     assert load(plan)[1] < 10 or (plan.kept[:, 1].nonzero().max() > 9)
+
+
+def test_a_fixed_room_for_every_sequence() -> None:
+    """Five units that all want expert 0, in two sequences: two of each have room, whatever the number of units."""
+    x = log([[0.8, 0.1, 0.1]] * 5)
+    given = Signals(segment=torch.tensor([0, 0, 0, 1, 1]))
+    plan = limited(x, FixedCapacity(size=2), k=1, given=given)
+    assert plan.kept.tolist() == [[T], [T], [F], [T], [T]]
+    assert plan.capacity == 4
+    assert limited(x, FixedCapacity(size=2, per="batch"), k=1).kept.tolist() == [[T], [T], [F], [F], [F]]
+    padded = Signals(segment=given.segment, valid=torch.tensor([F, T, T, T, T]))
+    assert limited(x, FixedCapacity(size=2), k=1, given=padded).kept.all(), "padding takes no room"
+    roomy = Signals(segment=given.segment, knobs={"capacity_factor": 3.0})
+    assert limited(x, FixedCapacity(size=2), k=1, given=roomy).kept.all()
+    with pytest.raises(UserError, match="size must be positive"):
+        FixedCapacity(size=0)

@@ -15,7 +15,18 @@ from moestro.core.errors import RecomputationError, UserError
 from moestro.core.plan import Dense, ExpertChoice, Plan, from_tensors, to_tensors
 from moestro.core.signals import Signals
 from moestro.ops.choice import checkpoint
-from moestro.routers import Capacity, FixedNoise, Gumbel, LossFree, Noisy, Random, RandomSecond, Router, TopK
+from moestro.routers import (
+    Capacity,
+    FixedCapacity,
+    FixedNoise,
+    Gumbel,
+    LossFree,
+    Noisy,
+    Random,
+    RandomSecond,
+    Router,
+    TopK,
+)
 from moestro.routers.order import highest
 from moestro.testing.routers import check_router
 from routers.router_cases import (
@@ -64,7 +75,8 @@ def test_complete_is_kept_as_a_promise(name: str) -> None:
     router = build(name)
     plan, _ = router(units(40), signals(40))
     if isinstance(plan, Plan):
-        always = not has(EXAMPLES[name], Capacity, RandomSecond) and "top-p" not in name and "label" not in name
+        limited = has(EXAMPLES[name], Capacity, FixedCapacity, RandomSecond)
+        always = not limited and "top-p" not in name and "label" not in name
         assert plan.complete == (always and not plan.virtual and not name.startswith("task"))
         padded, _ = router(units(40), signals(40, valid=torch.ones(40, dtype=torch.bool)))
         assert not padded.complete

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from moestro.core.account import cost
-from moestro.core.draws import normal
+from moestro.core.draws import fold, normal, uniform
 from moestro.core.params import describe
+from moestro.core.errors import UserError
 from moestro.core.signals import Signals
-from moestro.routers import MLP, Cosine, FixedNoise, Linear, Noisy, Raw, Router, Score, TopK, Uniform
+from moestro.routers import MLP, Cosine, FixedNoise, Jitter, Linear, Noisy, Raw, Router, Score, TopK, Uniform
 from moestro.routers.order import highest
 from routers.router_cases import DIM, EXAMPLES, E, build, signals, units
 
@@ -116,6 +117,19 @@ def test_noise_is_standard_normal_and_new_with_every_seed() -> None:
     assert draw.mean().abs() < 0.03
     assert (draw.std() - 1).abs() < 0.03
     assert (a.extra["noisy_logits"] != b.extra["noisy_logits"]).float().mean() > 0.99
+
+
+def test_jitter_multiplies_what_is_scored() -> None:
+    x, weight = [[1.0, 2.0], [3.0, -1.0]], {"inner.weight": [[1.0, 0], [0, 1], [2, -1]]}
+    got, router = logits(Jitter(noise=0.25), x, 3, weight, train=True)
+    draw = uniform(fold(7, "score"), torch.arange(2), 2)
+    factor = 0.75 + 0.5 * draw
+    want = (torch.tensor(x) * factor) @ torch.tensor(weight["inner.weight"]).T
+    torch.testing.assert_close(got, want)
+    assert bool((got != router.eval()(torch.tensor(x), Signals(seed=7))[0].logits).all(-1).all())
+    assert logits(Jitter(noise=0.25), x, 3, weight)[0].tolist() == [[1.0, 2.0, 0.0], [3.0, -1.0, 7.0]]
+    with pytest.raises(UserError, match="Jitter.noise"):
+        Jitter(noise=1.0)
 
 
 def test_uniform_has_no_parameters() -> None:

@@ -7,7 +7,16 @@ from typing import ClassVar, Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 from .bases import Limit, Mix, Priority, Score, Select, Weigh
-from .limits import BatchPrioritised, ByPosition, ByProbability, Capacity, FirstChoices, RandomSecond, Recycle
+from .limits import (
+    BatchPrioritised,
+    ByPosition,
+    ByProbability,
+    Capacity,
+    FirstChoices,
+    FixedCapacity,
+    RandomSecond,
+    Recycle,
+)
 
 __all__ = [
     "All",
@@ -20,16 +29,19 @@ __all__ = [
     "Cosine",
     "ExpertChoiceSelect",
     "FirstChoices",
+    "FixedCapacity",
     "FixedNoise",
     "Frozen",
     "GroupLimited",
     "Gumbel",
+    "Jitter",
     "Label",
     "Limit",
     "Linear",
     "LossFree",
     "MLP",
     "Mix",
+    "NearBest",
     "Noisy",
     "Partition",
     "Priority",
@@ -42,6 +54,7 @@ __all__ = [
     "Score",
     "Select",
     "SoftmaxKept",
+    "SparseMixer",
     "TopK",
     "TopP",
     "Uniform",
@@ -131,6 +144,21 @@ class FixedNoise(Score):
     """The score that the noise is added to."""
     std: float | None = None
     """Standard deviation of the noise; None = 1 / number of experts."""
+
+
+@config
+class Jitter(Score):
+    """Another score, in training of x times uniform noise near 1 (Switch Transformer)."""
+
+    builds: ClassVar[str] = "moestro.routers.noise:JitterScore"
+    inner: Score = Linear()
+    """The score of the noisy x."""
+    noise: float = 0.01
+    """Entries are multiplied by numbers between 1 - noise and 1 + noise."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < 1:
+            raise UserError(f"Jitter.noise: {self.noise} does not lie in [0, 1)")
 
 
 @config
@@ -230,6 +258,20 @@ class Gumbel(Select):
 
 
 @config
+class SparseMixer(Select):
+    """Experts one after the other, in training drawn among those near the best (Phi-3.5-MoE). Knob: top_k."""
+
+    builds: ClassVar[str] = "moestro.routers.sparse_mixer:SparseMixerSelect"
+    k: int = 2
+    """Experts per unit."""
+    epsilon: float = 0.01
+    """An expert is near the best if its logit lacks less than twice this share of the larger of the two."""
+
+    def __post_init__(self) -> None:
+        self.positive("k", "epsilon")
+
+
+@config
 class All(Select):
     """Every expert meets every unit."""
 
@@ -305,6 +347,18 @@ class SoftmaxKept(Weigh):
 
 
 @config
+class NearBest(Weigh):
+    """A softmax over the experts near the best of those not chosen before (the weight of SparseMixer, Phi-3.5-MoE)."""
+
+    builds: ClassVar[str] = "moestro.routers.sparse_mixer:NearBestWeight"
+    epsilon: float = 0.01
+    """As in SparseMixer."""
+
+    def __post_init__(self) -> None:
+        self.positive("epsilon")
+
+
+@config
 class Constant(Weigh):
     """The same weight for every choice (THOR)."""
 
@@ -355,6 +409,14 @@ class Router(AnyRouter):
             chooser = chooser.inner
         if self.activation == "identity" and isinstance(chooser, TopP | Gumbel):
             raise UserError(f"Router: {type(chooser).__name__} needs probabilities; use activation softmax or sigmoid")
+        if isinstance(self.select, SparseMixer) and self.mix is not None:
+            raise UserError("Router: SparseMixer looks at logits, which mix does not change; leave one of them out")
+        if isinstance(self.select, SparseMixer) and isinstance(self.weigh, NearBest):
+            if self.select.epsilon != self.weigh.epsilon:
+                raise UserError(
+                    f"Router: epsilon is {self.select.epsilon} in SparseMixer and {self.weigh.epsilon} in NearBest; "
+                    "give both the same"
+                )
         alone = isinstance(chooser, TopK | Gumbel) and chooser.k == 1
         if alone and isinstance(self.weigh, Renormalised | SoftmaxKept):
             raise UserError(

@@ -27,6 +27,7 @@ def examples() -> dict[str, cfg.Router]:
         ),
         "frozen": cfg.Router(score=cfg.Frozen(inner=cfg.Linear(bias=True)), weigh=cfg.SoftmaxKept()),
         "noisy": cfg.Router(score=cfg.Noisy()),
+        "jitter": cfg.Router(score=cfg.Jitter(noise=0.2), select=cfg.TopK(k=1), weigh=raw),
         "fixed-noise": cfg.Router(score=cfg.FixedNoise(), weigh=raw),
         # other selections
         "top-p": cfg.Router(select=cfg.TopP(p=0.4, max_k=4), weigh=raw),
@@ -43,6 +44,9 @@ def examples() -> dict[str, cfg.Router]:
         "partition": cfg.Router(score=cfg.Uniform(), select=cfg.Partition(), weigh=cfg.Constant()),
         "gumbel": cfg.Router(select=cfg.Gumbel(k=2)),
         "gumbel-always": cfg.Router(score=cfg.MLP(hidden=12), select=cfg.Gumbel(k=1, when="always"), weigh=raw),
+        "sparse-mixer": cfg.Router(select=cfg.SparseMixer(epsilon=0.3), weigh=cfg.NearBest(epsilon=0.3)),
+        "sparse-mixer-top1": cfg.Router(select=cfg.SparseMixer(k=1, epsilon=0.6), weigh=cfg.NearBest(epsilon=0.6)),
+        "top-k-near-best": cfg.Router(select=cfg.TopK(k=3), weigh=cfg.NearBest(epsilon=0.5), limit=capacity),
         "all": cfg.Router(select=cfg.All(), weigh=raw),
         "all-mlp": cfg.Router(score=cfg.MLP(hidden=12), select=cfg.All(), weigh=cfg.SoftmaxKept()),
         "group-max": cfg.Router(select=cfg.GroupLimited(groups=4, kept=2, by="max", inner=top2)),
@@ -60,6 +64,7 @@ def examples() -> dict[str, cfg.Router]:
         "capacity-probability": cfg.Router(weigh=raw, limit=capacity.replace(priority=cfg.ByProbability())),
         "capacity-batch-prioritised": cfg.Router(weigh=raw, limit=capacity.replace(priority=cfg.BatchPrioritised())),
         "capacity-recycle": cfg.Router(weigh=raw, limit=capacity.replace(priority=cfg.Recycle())),
+        "capacity-fixed": cfg.Router(select=cfg.TopK(k=1), weigh=raw, limit=cfg.FixedCapacity(size=2)),
         "capacity-segment": cfg.Router(limit=capacity.replace(per="segment")),
         "gshard": cfg.Router(limit=cfg.RandomSecond(then=capacity.replace(priority=cfg.FirstChoices()))),
         # virtual ids and subsets

@@ -16,7 +16,7 @@ from .room import groups_of, share
 from .steps import Limited, LimitStep, Scores, unit_ids
 from .weigh import chosen
 
-__all__ = ["CapacityLimit", "RandomSecondLimit"]
+__all__ = ["CapacityLimit", "FixedCapacityLimit", "RandomSecondLimit"]
 
 
 class CapacityLimit(LimitStep):
@@ -29,18 +29,23 @@ class CapacityLimit(LimitStep):
 
     def __init__(self, config: cfg.Capacity, num_experts: int, num_ids: int) -> None:
         super().__init__()
-        self.factor = config.factor
-        self.eval_factor = config.factor if config.eval_factor is None else config.eval_factor
-        self.least, self.per, self.num_experts = config.min_capacity, config.per, num_experts
+        self.factor: float | None = config.factor
+        self.eval_factor: float | None = config.factor if config.eval_factor is None else config.eval_factor
+        self._share_room(config.min_capacity, config, num_experts)
+
+    def _share_room(self, least: int, config: cfg.Capacity | cfg.FixedCapacity, num_experts: int) -> None:
+        self.least, self.per, self.num_experts = least, config.per, num_experts
         self.priority: PriorityStep = config.priority.build()
         self.needs = ("segment",) if config.per == "segment" else ()
 
     def forward(self, expert: Tensor, kept: Tensor | None, scores: Scores, signals: Signals) -> Limited:
-        factor = float(signals.knob("capacity_factor", self.factor if self.training else self.eval_factor))
+        factor = signals.knob("capacity_factor", self.factor if self.training else self.eval_factor)
         T, K = expert.shape
         groups = groups_of(signals, expert, self.per)
-        limit = share(factor, groups.size * K, self.num_experts, up=True).clamp_min(self.least)
-        wide: Any = torch.sym_max(share(factor, groups.most * K, self.num_experts, up=True), self.least)
+        limit, wide = torch.full_like(groups.size, self.least), self.least
+        if factor is not None:
+            limit = share(float(factor), groups.size * K, self.num_experts, up=True).clamp_min(self.least)
+            wide: Any = torch.sym_max(share(float(factor), groups.most * K, self.num_experts, up=True), self.least)
         most: Any = torch.sym_min(wide, groups.most)  # these are max and min, for numbers that a compiler does not know
         room = Room(groups.of, limit, most, self.num_experts)
 
@@ -56,6 +61,16 @@ class CapacityLimit(LimitStep):
         if moved is None:
             return Limited(expert, kept, capacity)
         return Limited(*moved, capacity, chosen=expert)
+
+
+class FixedCapacityLimit(CapacityLimit):
+    """An expert takes at most `size` choices (of each segment). Call-time knob: capacity_factor, see `CapacityLimit`,
+    with `size` the least room."""
+
+    def __init__(self, config: cfg.FixedCapacity, num_experts: int, num_ids: int) -> None:
+        LimitStep.__init__(self)
+        self.factor = self.eval_factor = None
+        self._share_room(config.size, config, num_experts)
 
 
 class RandomSecondLimit(LimitStep):

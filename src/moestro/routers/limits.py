@@ -14,6 +14,7 @@ __all__ = [
     "ByProbability",
     "Capacity",
     "FirstChoices",
+    "FixedCapacity",
     "RandomSecond",
     "Recycle",
 ]
@@ -84,6 +85,25 @@ class Capacity(Limit):
         self.positive("eval_factor")
         if self.min_capacity < 0:
             raise UserError(f"Capacity.min_capacity: {self.min_capacity} is negative")
+
+
+@config
+class FixedCapacity(Limit):
+    """An expert takes at most `size` choices, however many units there are.
+
+    Call-time knob: capacity_factor, which gives it at least the room that Capacity would.
+    """
+
+    builds: ClassVar[str] = "moestro.routers.limit:FixedCapacityLimit"
+    size: int = 64
+    """The most choices of an expert."""
+    priority: Priority = ByPosition()
+    """Who is served first, and what happens to the others."""
+    per: Literal["batch", "segment"] = "segment"
+    """Units that share the room: the whole batch, or each segment."""
+
+    def __post_init__(self) -> None:
+        self.positive("size")
 
 
 @config

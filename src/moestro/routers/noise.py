@@ -1,4 +1,4 @@
-"""Score steps with noise: the clean logits are the distribution, the noisy ones only decide who is selected."""
+"""Score steps with noise: on the logits, where the noisy ones only decide who is selected, and on what is scored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.carry import Carry
-from ..core.draws import normal
+from ..core.draws import normal, uniform
 from ..core.params import ParamInfo
 from ..core.pytree import changed
 from ..core.signals import Signals
@@ -15,7 +15,7 @@ from . import config as cfg
 from .score import linear
 from .steps import Scores, ScoreStep, unit_ids
 
-__all__ = ["FixedNoiseScore", "NoisyScore"]
+__all__ = ["FixedNoiseScore", "JitterScore", "NoisyScore"]
 
 
 class _Noise(ScoreStep):
@@ -74,3 +74,25 @@ class FixedNoiseScore(_Noise):
 
     def std(self, x: Tensor, logits: Tensor) -> Tensor:
         return torch.full_like(logits, self.value)
+
+
+class JitterScore(ScoreStep):
+    """In training, another score of x * u with u uniform in 1 - noise .. 1 + noise for every entry; selection, weights
+    and losses all see the logits of that (Switch Transformer, arXiv 2101.03961, section 2.4, "input jitter").
+
+    Draws are hashes of the seed and the unit ids. The experts see x itself.
+    """
+
+    inner: ScoreStep
+
+    def __init__(self, config: cfg.Jitter, dim: int, num_ids: int) -> None:
+        super().__init__()
+        self.inner = config.inner.build(dim, num_ids)
+        self.noise = config.noise
+
+    def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
+        if self.training and self.noise > 0:
+            draw = uniform(signals.seed, unit_ids(signals, x), x.shape[1]).to(x.dtype)
+            x = x * (1 + self.noise * (2 * draw - 1))
+        scores, after = self.inner(x, signals.at("inner"), carry.at("inner"))
+        return scores, carry.back("inner", after)

@@ -61,7 +61,7 @@ def layer_oracle(layer: MoELayer, x: Tensor, signals: Signals, plan: AnyPlan) ->
     exact = copy.deepcopy(layer).double()
     wide = x.double()
     given = Carry(own={"": Replay(plan)}) if isinstance(plan, Plan) else Carry()
-    again, _ = exact.router(wide, signals, given)
+    again, _ = exact.router(wide, signals.at("router"), given)
     if [row[:2] for row in choices(again)] != [row[:2] for row in choices(plan)]:
         raise AssertionError("oracle: selection in float64 differs from the plan")
     return mixture(again, wide, lambda e, unit: _expert(exact, e, unit)), exact
