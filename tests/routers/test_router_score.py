@@ -9,8 +9,8 @@ import torch
 
 from moestro.core.account import cost
 from moestro.core.draws import fold, normal, uniform
-from moestro.core.params import describe
 from moestro.core.errors import UserError
+from moestro.core.params import describe
 from moestro.core.signals import Signals
 from moestro.routers import MLP, Cosine, FixedNoise, Jitter, Linear, Noisy, Raw, Router, Score, TopK, Uniform
 from moestro.routers.order import highest
