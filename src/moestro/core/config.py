@@ -19,7 +19,7 @@ __all__ = ["Config", "config", "find_type"]
 
 _TYPES: dict[str, type[Config]] = {}
 _HOMES = ("routers", "experts", "dispatch", "losses", "nn", "moe", "models", "optim", "tasks", "train", "trace")
-_HOMES += ("adapt",)
+_HOMES += ("adapt", "convert")
 
 C = TypeVar("C", bound=type)
 

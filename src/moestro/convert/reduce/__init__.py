@@ -1,0 +1,1 @@
+"""Routed layers become dense, or get fewer or more experts."""
