@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError, did_you_mean
 from ..experts.bank import Bank
-from ..nn.attention import Attention
-from ..nn.feedforward import FeedForward
+from ..nn.feedforward import FeedForward, PlainFeedForward
 from .config import Adapter, LoRA, Mixture
 from .linear import AdaptedFeedForward, AdaptedLinear
 from .lora.bank import LoRABank, adaptable, parts_of
@@ -173,15 +172,15 @@ def places(model: nn.Module) -> Iterator[Place]:
         elif isinstance(module, Bank):
             inside.update(id(m) for m in module.modules())
             yield Place(path, module, _bank_group(module), parts_of(module) or GROUPS["experts"])
-        elif isinstance(module, FeedForward):
+        elif isinstance(module, FeedForward | PlainFeedForward):
             yield Place(path, module, "ffn", GROUPS["ffn"])
-        elif isinstance(module, Attention):
-            for name in GROUPS["attention"]:
-                child = getattr(module, name)
-                inside.add(id(child))
-                if isinstance(child, nn.Linear | AdaptedLinear):
-                    inside.update(id(m) for m in child.modules())
-                    yield Place(f"{path}.{name}".lstrip("."), child, "attention", (name,))
+        elif vars(type(module)).get("role") == "attention":
+            maps = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear | AdaptedLinear)}
+            for name, child in maps.items():
+                inside.update(id(m) for m in child.modules())
+                yield Place(f"{path}.{name}".lstrip("."), child, "attention", (name,))
+            if not maps:
+                yield Place(path, module, "attention", GROUPS["attention"])
         elif isinstance(module, nn.Linear):
             yield Place(path, module, "", ("weight",))
 
@@ -196,23 +195,22 @@ def layer_of(path: str) -> int | None:
     return None if number is None else int(number[1])
 
 
-def _choose(places: list[Place], config: Adapter) -> None:
+def _choose(found: list[Place], config: Adapter) -> None:
     """Mark what the targets name; every one must name something."""
     for target in config.targets:
         hits = 0
-        for place in places:
+        for place in found:
             if config.layers and layer_of(place.path) not in config.layers:
                 continue
             names = _named(place, target)
             place.wanted |= names
             hits += len(names)
         if not hits:
-            known = {f"{g}.{p}" for g, parts in GROUPS.items() for p in parts} | set(GROUPS)
-            known |= {p.path for p in places if not p.group}
+            known = {p.group or p.path for p in found} | {f"{p.group}.{q}" for p in found for q in p.parts if p.group}
             where = f" in layers {', '.join(map(str, config.layers))}" if config.layers else ""
             raise UserError(
                 f"adapters attached to nothing: the target {target!r} matches no part of the model{where}"
-                f"{did_you_mean(target, known)}; it has {_present(places)}"
+                f"{did_you_mean(target, known)}; it has {_present(found)}"
             )
 
 
@@ -230,8 +228,8 @@ def _named(place: Place, target: str) -> set[str]:
 
 def _present(places: list[Place]) -> str:
     groups = dict.fromkeys(p.group for p in places if p.group)
-    said = [f"{g} ({', '.join(next(p.parts for p in places if p.group == g))})" for g in groups if g != "attention"]
-    said += ["attention (q, k, v, o)"] if "attention" in groups else []
+    parts = {g: dict.fromkeys(q for p in places if p.group == g for q in p.parts) for g in groups}
+    said = [f"{g} ({', '.join(parts[g])})" for g in groups]
     linear = sum(not p.group for p in places)
     said += [f"{linear} other linear layers, by path"] if linear else []
     return ", ".join(said) or "nothing that takes adapters"
@@ -248,7 +246,7 @@ def _check(chosen: list[Place], config: Adapter) -> None:
             fits, why = adaptable(module)
             if not fits:
                 raise UserError(f"{place.path}: {why}; it cannot be adapted")
-        elif isinstance(module, FeedForward) and type(module) is not FeedForward:
+        elif place.group and type(module) is not FeedForward and not isinstance(module, nn.Linear):
             raise UserError(f"{place.path}: {type(module).__name__} is not known here; it cannot be adapted")
         missing = [p for p in place.parts if p not in place.wanted]
         if missing and place.group != "attention" and not getattr(config, "partial", False):

@@ -87,7 +87,7 @@ class LoRABank(Bank):
         self._parameters.update(source._parameters)
         self.requires_grad_(False)
         self._frozen = tuple(n for n, p in source._parameters.items() if p is not None)
-        self._info = source.param_info()
+        self._info: dict[str, ParamInfo] = source.param_info()  # type: ignore[operator]
         source._parameters = self._parameters  # the source computes with whatever parameters this module has
         self._source = [source]  # a list hides it from the module tree
         self._kept: dict[str, Tensor] | None = None

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...core.errors import UserError
+from ...experts.bank import Bank
 from ..attach import Attached, adapters, attach_at
 from ..config import LoRA
 from ..linear import AdaptedFeedForward, AdaptedLinear
@@ -86,7 +87,7 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, dict[st
 
 
 def _experts(model: nn.Module) -> dict[str, int]:
-    return {path: int(m.num_experts) for path, m in model.named_modules() if hasattr(m, "num_experts")}
+    return {path: m.num_experts for path, m in model.named_modules() if isinstance(m, Bank)}
 
 
 def _match(

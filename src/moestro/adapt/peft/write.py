@@ -23,6 +23,7 @@ __all__ = ["CONFIG", "TENSORS", "save"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_EXPERTS_ONCE = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def save(model: nn.Module, folder: str | Path, *, to: str, base: str = "") -> Path:
@@ -49,17 +50,21 @@ def save(model: nn.Module, folder: str | Path, *, to: str, base: str = "") -> Pa
                 linear[slot.module] = pair
             else:
                 stacks[slot.module, slot.parameter] = pair
+    taken = _taken(linear, found)
     rank = max((a.shape[-2] for a, _ in stacks.values()), default=config.rank)
     tensors: dict[str, Tensor] = {}
     for (path, parameter), pair in stacks.items():
         inner = parameter == "gate_up_proj" and (path, "down_proj") in stacks  # PEFT nests, the first one innermost
         name = f"{PREFIX}{path}.{'base_layer.' if inner else ''}lora_"
         tensors[f"{name}A.weight"], tensors[f"{name}B.weight"] = flat(pad(pair, rank))
-    for path, (a, b) in linear.items():
+    for path, pair in linear.items():
+        a, b = pad(pair, rank) if path in taken else pair
         tensors[f"{PREFIX}{path}.lora_A.weight"] = a.contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous()
-    patterns = linear if rank != config.rank else {}
-    names = _names(list(linear), [s for s in found if s.parameter is None])
+    every = [s for s in found if s.parameter is None]
+    names = _names([p for p in linear if p not in taken], every)
+    parameters = [*_parameters(list(stacks), found), *(f"{n}.weight" for n in _names(taken, every))]
+    patterns = names if rank != config.rank else []
     scale = config.alpha / config.rank
     fields = {
         "peft_type": "LORA",
@@ -69,9 +74,11 @@ def save(model: nn.Module, folder: str | Path, *, to: str, base: str = "") -> Pa
         "lora_alpha": _number(scale * rank),
         "lora_dropout": 0.0,
         "target_modules": names,
-        "target_parameters": _parameters(list(stacks), found),
-        "rank_pattern": dict.fromkeys(names, config.rank) if patterns else {},
-        "alpha_pattern": dict.fromkeys(names, _number(config.alpha)) if patterns else {},
+        "target_parameters": sorted(
+            [*_parameters(list(stacks), found), *(f"{n}.weight" for n in _names(taken, every))]
+        ),
+        "rank_pattern": dict.fromkeys(patterns, config.rank),
+        "alpha_pattern": dict.fromkeys(patterns, _number(config.alpha)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -86,6 +93,13 @@ def save(model: nn.Module, folder: str | Path, *, to: str, base: str = "") -> Pa
     save_file({n: t.detach() for n, t in tensors.items()}, folder / TENSORS, metadata=header)
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder
+
+
+def _taken(linear: dict[str, Pair], found: list[Slot]) -> list[str]:
+    """Linear layers that PEFT 0.21 cannot have as target modules of this family: it takes their names for those that
+    routed experts had before they were fused, shared experts and dense layers included. As parameters it can."""
+    routed = any(s.parameter is not None for s in found)
+    return [path for path in linear if routed and path.rpartition(".")[2] in _EXPERTS_ONCE]
 
 
 def _config(model: nn.Module) -> LoRA:
