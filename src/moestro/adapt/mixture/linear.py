@@ -17,7 +17,8 @@ from ...moe.expected import expected_k
 from ...moe.record import note
 from ...moe.units import check_fit, flatten, masked
 from ...nn.feedforward import FeedForward
-from ...routers.config import TopK
+from ...ops.choice import in_backward
+from ...routers.config import Raw, Renormalised, TopK
 from ...routers.score import LinearScore
 from ..config import Mixture
 from ..draws import Place
@@ -43,9 +44,12 @@ class MixtureDelta(Delta):
     ) -> None:
         super().__init__()
         E, k, rank = config.allocation.of(layer, layers)
-        choice = config.choice
+        choice, changes = config.choice, {}
         if isinstance(choice.select, TopK):
-            choice = choice.replace(select=choice.select.replace(k=k))
+            changes["select"] = choice.select.replace(k=k)
+        if E == 1 and isinstance(choice.weigh, Renormalised):
+            changes["weigh"] = Raw()  # the weight of a single expert is 1 either way: ordinary LoRA
+        choice = choice.replace(**changes)
         self.config, self.layer, self.path = config, layer, path
         self.place = Place(config.seed, path)
         self.router: Any = choice.build(dim=inputs, num_experts=E).to(like.device)
@@ -64,7 +68,7 @@ class MixtureDelta(Delta):
             raise UserError("Mixture.balance: a balance loss has a meaning where units choose experts; set it to 0")
 
     def forward(self, x: Tensor, signals: Signals | None = None) -> Tensor:
-        if self.config.balance and self.training and not self.watched:
+        if self.config.balance and self.training and not self.watched and not in_backward():
             raise UserError(
                 f"{self.path}: Mixture.balance is {self.config.balance:g}, but nobody adds the loss: run the model "
                 "inside `with adapt.mixture.balance.watch(model) as routing` and add routing.loss(), or set it to 0"
