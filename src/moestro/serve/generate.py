@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol, overload
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from ..core.errors import UserError
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..models.decoder import Decoder
+from ..models.encoder_decoder import EncoderDecoder
 from .sampling import choose
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Generated", "evaluating", "generate", "read_prompts", "sequences"]
 
 Ids = Tensor | Sequence[int]
 
@@ -92,17 +93,24 @@ def generate(
 
     Generation ends when the context is full: positions beyond it were never trained. Raises `UserError` for an empty
     prompt, a prompt longer than the context, ids outside the vocabulary and impossible sampling settings.
+
+    For an encoder-decoder the prompt is the source, and the result its target: see `serve.translate`.
     """
-    single, prompts = _read_prompts(prompt)
+    if isinstance(model, EncoderDecoder):
+        from .translate import translate
+
+        more: Any = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        return translate(model, prompt, max_new_tokens, stop=stop, stream=stream, **more)
+    single, prompts = read_prompts(prompt)
     config = model.config
     context, vocab = int(config.context), int(config.vocab_size)  # type: ignore[union-attr, arg-type]
     _check(prompts, context, vocab, max_new_tokens)
     seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise UserError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
-    rows = [_Row(i, len(p), _sequences(stop), stream) for i, p in enumerate(prompts)]
+    rows = [_Row(i, len(p), sequences(stop), stream) for i, p in enumerate(prompts)]
     limits = [min(max_new_tokens, context - len(p)) for p in prompts]
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         _decode(model, prompts, rows, limits, max_new_tokens, seeds, (temperature, top_p, top_k))  # type: ignore[arg-type]
     done = [row.result() for row in rows]
     return done[0] if single else done
@@ -216,7 +224,8 @@ class _Row:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, afterwards every module as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -226,7 +235,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _read_prompts(prompt: Ids | Sequence[Ids]) -> tuple[bool, list[Tensor]]:
+def read_prompts(prompt: Ids | Sequence[Ids]) -> tuple[bool, list[Tensor]]:
+    """Whether it is one prompt, and the prompts, [S] int64 each on the CPU."""
     if isinstance(prompt, Tensor):
         if prompt.ndim == 1:
             return True, [prompt.to("cpu", torch.int64)]
@@ -238,7 +248,8 @@ def _read_prompts(prompt: Ids | Sequence[Ids]) -> tuple[bool, list[Tensor]]:
     return False, [torch.as_tensor(p, dtype=torch.int64, device="cpu") for p in prompt]
 
 
-def _sequences(stop: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+def sequences(stop: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
+    """Every stop as a sequence of ids."""
     made = [(s,) if isinstance(s, int) else tuple(s) for s in stop]
     if not all(made):
         raise UserError("generate: an empty stop sequence would stop at once; leave it out")
