@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.config import Config
 from ..core.errors import UserError
-from ..models.config import Decoder
+from ..models.config import Stack
 from .fields import Fields
 from .rope import LEGACY
 from .rules import Table
@@ -66,15 +66,19 @@ _TRAINING = {
     "exchange",
     "rate",
 }
-_BY_BLOCK = ("attention", "ffn", "moe", "layout", "num_experts")
+_BY_BLOCK = ("attention", "ffn", "moe", "layout", "num_experts", "residual_scale", "cross", "source_dim")
 
 
 def canonical(config: Config) -> dict[str, Any]:
     """A config as a tree, without what does not change the function, and with defaults that follow from others."""
     tree = config.to_dict()
-    if isinstance(config, Decoder):
+    if isinstance(config, Stack):
         tree = {k: v for k, v in tree.items() if k not in _BY_BLOCK}
         tree["blocks"] = [block.to_dict() for block in config.resolved()]
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        part = getattr(config, field.name)
+        if isinstance(part, Stack):
+            tree[field.name] = canonical(part)
     _clean(tree, tree.get("dim"))
     return tree
 
@@ -93,7 +97,7 @@ def _clean(tree: Any, dim: Any) -> None:
             tree["head_dim"] = dim // tree["num_heads"]
         if tree.get("scale") is None and tree.get("head_dim"):
             tree["scale"] = tree["head_dim"] ** -0.5
-        if tree.get("qk_norm") is None:
+        if not tree.get("qk_norm"):
             tree.pop("norm_eps", None)
     for value in tree.values():
         _clean(value, dim)
