@@ -147,8 +147,9 @@ def _config(header: Any, found: list[_Found], folder: Path) -> LoRA:
     """The config of our own header, or one that fits what PEFT wrote."""
     if header is not None:
         return LoRA.from_dict(header["config"], where=str(folder / TENSORS)).replace(partial=True)
-    rank = max(f.pair[0].shape[-2] for f in found)
-    return LoRA(rank=rank, alpha=found[0].scale * rank, joined=True, partial=True)
+    largest = max(found, key=lambda f: f.pair[0].shape[-2])  # the first of them
+    rank = largest.pair[0].shape[-2]
+    return LoRA(rank=rank, alpha=largest.scale * rank, joined=True, partial=True)
 
 
 @torch.no_grad()

@@ -74,9 +74,7 @@ def save(model: nn.Module, folder: str | Path, *, to: str, base: str = "") -> Pa
         "lora_alpha": _number(scale * rank),
         "lora_dropout": 0.0,
         "target_modules": names,
-        "target_parameters": sorted(
-            [*_parameters(list(stacks), found), *(f"{n}.weight" for n in _names(taken, every))]
-        ),
+        "target_parameters": sorted(parameters),
         "rank_pattern": dict.fromkeys(patterns, config.rank),
         "alpha_pattern": dict.fromkeys(patterns, _number(config.alpha)),
         "bias": "none",
