@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,21 @@ from .mlp import DenseMLP
 from .receipt import ConversionError, LayerChange, Measured, Receipt, checksums
 from .samples import Batch, Samples, evaluating, forward, measure
 
-__all__ = ["BOUNDS", "Claim", "Made", "Seen", "choose", "conduct", "experts_in", "generator", "watch"]
+__all__ = [
+    "BOUNDS",
+    "Claim",
+    "Made",
+    "Seen",
+    "by_expert",
+    "choose",
+    "conduct",
+    "experts_in",
+    "experts_of",
+    "generator",
+    "run_layer",
+    "watch",
+    "weight_of",
+]
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 
@@ -309,9 +323,3 @@ def experts_of(bank: Any) -> list[DenseMLP]:
         rows = [{n: t[e] for n, t in p.items()} for e in range(bank.num_experts)]
         return [DenseMLP(activation=activation, **row) for row in rows]  # type: ignore[arg-type]
     raise UserError(f"experts of {type(bank).__name__} are no stacked MLPs; this conversion knows no others")
-
-
-def iterate(model: nn.Module, paths: Sequence[str], samples: Samples) -> Iterator[dict[str, Seen]]:
-    """`watch` for every batch."""
-    for batch in samples.batches:
-        yield watch(model, paths, batch)

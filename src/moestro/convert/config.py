@@ -103,7 +103,7 @@ class Copy(Upcycle):
 
 @config
 class GranularSplit(Upcycle):
-    """Experts are slices of the dense layer: E / granularity copies of `granularity` slices (He et al., arXiv 2410.07524).
+    """Experts are slices of the dense layer: E / G copies of G slices each (He et al., arXiv 2410.07524).
 
     The slices of one copy have the same router row: at the start each token meets each slice once per copy it is routed
     to (top_k / granularity copies), and the output is unchanged.

@@ -1,4 +1,4 @@
-"""A model with some of its feed-forward layers exchanged: a new model, the old one untouched, every tensor accounted for."""
+"""A new model with some of its feed-forward layers exchanged; the old one is untouched, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DenseFFN(nn.Module):
             self.add_module(name, linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = {n: m for n, m in self.named_children()}
+        parts = dict(self.named_children())
         gate: nn.Module | None = parts.get("gate")
         up, down = parts["up"], parts["down"]
         weights = {f"{n}_bias": m.bias for n, m in parts.items() if n != "gate" and m.bias is not None}
@@ -53,9 +53,10 @@ class DenseFFN(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Graft:
-    """A new layer: a routed one (config and tensors by name inside the layer) or a dense one."""
+    """A new layer: a routed one (config, width and tensors by name inside the layer) or a dense one."""
 
     routed: MoELayer | None = None
+    dim: int = 0
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     dense: DenseMLP | None = None
 
@@ -63,9 +64,9 @@ class Graft:
 def graft(model: nn.Module, layers: Mapping[str, Graft]) -> nn.Module:
     """A new model with these layers at these paths and copies of everything else.
 
-    A `Decoder` or `Encoder` is built anew from its config with other feed-forward layers; in any other model the modules are
-    replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a tensor would be left
-    without a value.
+    A `Decoder` or `Encoder` is built anew from its config with other feed-forward layers; in any other model the
+    modules are replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a tensor would be
+    left without a value.
     """
     if isinstance(model, Stack):
         return _stack(model, layers)
@@ -90,8 +91,7 @@ def _dropin(new: Graft, like: Tensor) -> nn.Module:
     if new.dense is not None:
         return DenseFFN(new.dense)
     assert new.routed is not None
-    dim = next(t.shape[1] for n, t in new.tensors.items() if n.startswith("router."))
-    layer = MoE(dim, config=new.routed).to(device=like.device, dtype=like.dtype)
+    layer = MoE(new.dim, config=new.routed).to(device=like.device, dtype=like.dtype)
     _fill(layer, new.tensors)
     return layer
 

@@ -137,6 +137,8 @@ def checksums(model: nn.Module) -> dict[str, tuple[str, ...]]:
     infos = describe(model)
     out: dict[str, tuple[str, ...]] = {}
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
         axis = infos[name].expert_axis if name in infos else None
         parts = (tensor,) if axis is None else tensor.unbind(axis)
         out[name] = tuple(digest(p) for p in parts)
@@ -144,7 +146,7 @@ def checksums(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def verify(model: nn.Module, receipt: Receipt) -> None:
-    """Whether the model holds exactly what the receipt says. Raises `UserError` naming the first tensors that differ."""
+    """Raise `UserError`, naming the first tensors that differ, unless the model holds exactly what the receipt says."""
     found, said = checksums(model), dict(receipt.checksums)
     wrong = [n for n in sorted(found.keys() | said.keys()) if found.get(n) != said.get(n)]
     if wrong:

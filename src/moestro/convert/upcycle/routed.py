@@ -1,4 +1,4 @@
-"""A routed layer assembled from dense ones, its router rows, and the walk over all layers that upcycling methods share."""
+"""A routed layer assembled from dense ones, its router rows, and the walk over all layers that methods share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def upcycle(
     num_bytes: int | None = None,
     sources: Sequence[str] = (),
 ) -> tuple[nn.Module, Receipt]:
-    """Turn dense layers into routed ones by `make(place, experts, inputs)`; inputs(path) is what the layer sees, [T, D].
+    """Dense layers into routed ones by `make(place, experts, inputs)`; inputs(path) is what the layer sees, [T, D].
 
     claim: what is unchanged if every layer says that it is exact. prepare: called once with all places.
     """
@@ -109,7 +109,7 @@ def assemble(options: Upcycle, layer: Layer) -> tuple[Graft, list[str]]:
     router = Router(score=Linear(), select=TopK(k=options.top_k), weigh=layer.weigh)
     count = len(layer.experts)
     config = MoELayer(num_experts=count, router=router, experts=bank, shared=shared, losses=options.losses)
-    return Graft(routed=config, tensors=named), [] if note is None else [note]
+    return Graft(routed=config, dim=layer.rows.shape[1], tensors=named), [] if note is None else [note]
 
 
 def balanced_weigh(options: Upcycle, count: int) -> Weigh:
@@ -135,7 +135,7 @@ def sums_to_one(options: Upcycle) -> bool:
 
 
 def router_rows(options: Upcycle, place: Place, count: int, inputs: Inputs) -> Tensor:
-    """[count, D] fp32: small random rows, or the directions in which clusters of the layer's inputs lie from their mean.
+    """[count, D] fp32: small random rows, or the directions in which clusters of the inputs lie from their mean.
 
     Raises `UserError` for fewer tokens than rows.
     """
