@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapt.adapt_cases import decoder, loss, tokens
 from moestro.adapt import LoRA
@@ -14,6 +15,8 @@ from moestro.core.params import describe
 from moestro.models.examples import examples
 from moestro.optim.hooks import RouterSteps
 from moestro.routers.config import Linear, LossFree, Router, TopK
+from moestro.train.run import run
+from train.train_cases import Steps, tiny
 
 
 def model(router: Router, name: str = "moe"):
@@ -60,8 +63,12 @@ def test_coefficients_in_effect_are_printed():
     assert "loss load_balancing_loss: coefficient 0.01 in 2 layers" in apply_policy(m, "train").lines
     report = apply_policy(m, "freeze")
     assert "routers: freeze, 0 of 2 tensors train" in report.lines
-    assert "loss load_balancing_loss: coefficient 0 in 2 layers" in report.lines
-    assert coefficients(m) == {("load_balancing_loss", 0.0): 2}
+    assert "loss load_balancing_loss: coefficient 0.01 in 2 layers" in report.lines
+    assert any("still act on what these routers read" in line for line in report.lines)
+    assert coefficients(m) == {("load_balancing_loss", 0.01): 2}
+    _, _, trail = m(tokens())
+    (grad,) = torch.autograd.grad(trail.loss(), m.embed.weight)
+    assert bool(grad.any())  # that is so
 
 
 def test_adapters_and_policies_together():
@@ -70,6 +77,35 @@ def test_adapters_and_policies_together():
     on = {n for n, p in m.named_parameters() if p.requires_grad}
     assert on == set(factors(m)) | {f"layers.{i}.ffn.router.score.weight" for i in (0, 1)}
     assert "routers: train, 2 of 2 tensors train" in attached.lines
+
+
+def test_policies_in_a_run(tmp_path):
+    """A run with frozen routers moves none of them, says so, and is another run than one that trains them."""
+    config = tiny(tmp_path, steps=3, eval_every=3)
+    moe = config.model.moe.replace(router=config.model.moe.router.replace(select=LossFree(inner=TopK(k=2))))
+    config = config.replace(model=config.model.replace(moe=moe))
+    states, said = {}, {}
+    for policy in ("train", "freeze", "bias_only"):
+        observer = Steps()
+        assert run(config.replace(routers=policy), out=tmp_path / policy, progress=observer).complete
+        states[policy], said[policy] = load_file(tmp_path / policy / "model.safetensors"), observer.said
+    start = config.replace(model=config.model.replace(vocab_size=256)).model.build().state_dict()
+    routers = {n for n in start if ".router." in n}
+    weights, biases = {n for n in routers if "score" in n}, {n for n in routers if n.endswith("select.bias")}
+    assert weights
+    assert biases
+
+    def moved(policy, names):
+        return {n for n in names if not torch.equal(states[policy][n], start[n])}
+
+    assert moved("train", routers) == routers
+    assert moved("freeze", routers) == set()
+    assert moved("bias_only", routers) == biases
+    assert moved("freeze", set(start)) > set()
+    assert any("routers: freeze, 0 of" in line for line in said["freeze"])
+    assert not any("routers:" in line for line in said["train"])
+    with pytest.raises(UserError, match="settings that would make it another run: routers"):
+        run(config.replace(routers="train"), out=tmp_path / "freeze", resume=True)
 
 
 def test_refusals():

@@ -55,22 +55,22 @@ def apply_policy(model: nn.Module, policy: RouterPolicy) -> PolicyReport:
     if moving:
         does = "stand still" if policy == "freeze" else "follow the load"
         lines.append(f"routers: {len(moving)} balancing biases {does}")
-    lines += [f"loss {name}: coefficient {c:g} in {n} layers" for (name, c), n in coefficients(model).items()]
+    acting = coefficients(model)
+    lines += [f"loss {name}: coefficient {c:g} in {n} layers" for (name, c), n in acting.items()]
+    if policy != "train" and names and any(c for _, c in acting):
+        lines.append("losses still act on what these routers read; set their coefficient to 0 where that is not wanted")
     return PolicyReport(policy, tuple(trains), tuple(n for n in names if n not in trains), tuple(lines))
 
 
 def coefficients(model: nn.Module) -> dict[tuple[str, float], int]:
-    """(loss, coefficient in effect) -> number of layers. A loss on a router that does not train has the effect 0."""
+    """(loss, coefficient) -> number of layers that have it; of mixtures of adapters, the pooled loss's."""
     out: dict[tuple[str, float], int] = {}
     for module in model.modules():
         losses = getattr(module, "losses", ())
         if not isinstance(losses, tuple | list):
             continue
-        router = getattr(module, "router", None)
-        trains = isinstance(router, nn.Module) and any(p.requires_grad for p in router.parameters())
         for loss in losses:
-            pooled = getattr(module, "pooled_coefficient", 0.0)
-            key = (str(loss.name), float(loss.coefficient or pooled) if trains else 0.0)
+            key = (str(loss.name), float(loss.coefficient or getattr(module, "pooled_coefficient", 0.0)))
             out[key] = out.get(key, 0) + 1
     return out
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapt.policy import apply_policy
 from ..core.account import cost
 from ..core.errors import UserError
 from ..optim.clip import clip, grad_norm
@@ -52,6 +53,7 @@ class Arm:
         self.batches, self.recorder, self._columns = batches, recorder, columns
         self.model = config.model.build().to(ranks.device)
         ranks.copy_first(list(tensors_of(self.model).values()))
+        self._routers()
         self.objective = config.objective.build()
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
@@ -63,6 +65,13 @@ class Arm:
         self.best: dict[str, Any] | None = None
         self._rng = _fresh_rng(config.seed, ranks)
         self._checked = False
+
+    def _routers(self) -> None:
+        """Set what routers do, and say it, with the losses' coefficients."""
+        report = apply_policy(self.model, self.config.routers)
+        if self.ranks.first and self.config.routers != "train":
+            for line in report.lines:
+                self.observer.on_message(f"{self.name}: {line}")
 
     def about(self) -> observe.Arm:
         """What observers are told."""

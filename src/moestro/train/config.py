@@ -26,6 +26,8 @@ class TrainRun(Config):
     """What is learnt."""
     optimizer: Optimizer = AdamW()
     """How parameters move."""
+    routers: Literal["train", "freeze", "bias_only"] = "train"
+    """What the model's routers do: train, stay as they are (balancing biases too), or move their biases only."""
     after: tuple[AfterStep, ...] = ()
     """What happens after every optimiser step, besides the steps of routers."""
     steps: int = 600
