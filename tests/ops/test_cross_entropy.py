@@ -33,6 +33,12 @@ def test_values_and_gradients(chunk: int | None, masked: bool) -> None:
         lambda h, w: naive.cross_entropy(h, w, target, valid)[0],
         [randn(T, D), randn(V, D, seed=1)],
     )
+    compare(
+        ["h", "head", "bias"],
+        lambda h, w, b: cross_entropy(h, w, target, valid, chunk, bias=b)[0],
+        lambda h, w, b: naive.cross_entropy(h, w, target, valid, b)[0],
+        [randn(T, D), randn(V, D, seed=1), randn(V, seed=2)],
+    )
     count = cross_entropy(randn(T, D), randn(V, D), target, valid, chunk)[1]
     assert count.dtype == torch.int64
     assert count == naive.cross_entropy(randn(T, D), randn(V, D), target, valid)[1]

@@ -153,6 +153,7 @@ TRAINED = [n for n, c in EXAMPLES.items() if not isinstance(c.weigh, Constant)]
 def test_gradients_of_weights_in_float64(name: str) -> None:
     """With respect to x and every parameter that is trained, at a point where no small step changes the choice."""
     router = build(name).double()
+    router.train(not router.weigh.draws)  # in training those estimate the gradient of a draw
     given = signals(12, per_segment=6)
     trained = [p for p in router.parameters() if p.requires_grad and not _is_noise(router, p)]
 

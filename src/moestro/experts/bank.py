@@ -52,7 +52,7 @@ class Bank(nn.Module):
                 raise UserError(f"weights: the bank has no parameter {name!r}{did_you_mean(name, own)}")
         return own | dict(weights)
 
-    def _modes(self) -> dict[str, bool]:
+    def _modes(self) -> dict[str, Any]:
         """The config's promises, as the ops of expert MLPs take them."""
         return {"deterministic": self.config.deterministic, "sparse_grad": self.config.sparse_grad}
 

@@ -171,7 +171,10 @@ class StepRouter(nn.Module):
         complete: bool,
         extra: dict[str, Tensor],
     ) -> Plan:
-        weight = self.weigh(scores, expert)
+        if self.weigh.draws:
+            weight = self.weigh.drawn(scores, expert, signals.at("weigh"))
+        else:
+            weight = self.weigh(scores, expert)
         if not scores.everywhere:
             counted = expert >= 0 if kept is None else (expert >= 0) & kept
             weight = torch.where(counted, weight, 0.0)

@@ -132,14 +132,19 @@ class WeighStep(Step):
     """`(Scores, expert [T, K]) -> weight [T, K]`, 0 where expert is -1. Built as `(config)`.
 
     `slots` says whether it can also be used for expert choice, where `of_slots(Scores, unit [G, E, C])` is called.
+    `draws` says whether `drawn(Scores, expert, signals)` is called instead, in training too, because weights are random.
     """
 
     slots: bool = False
+    draws: bool = False
 
     def forward(self, scores: Scores, expert: Tensor) -> Tensor:
         raise NotImplementedError
 
     def of_slots(self, scores: Scores, unit: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def drawn(self, scores: Scores, expert: Tensor, signals: Signals) -> Tensor:
         raise NotImplementedError
 
 
