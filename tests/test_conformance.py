@@ -56,3 +56,16 @@ def test_router_in_a_decoder(name):
     if not causal:
         with pytest.raises(UserError, match="is not causal"):
             config.replace(allow_noncausal=False).build()
+
+
+@pytest.mark.parametrize("name", routers())
+def test_router_in_an_encoder_decoder(name):
+    """On both sides; the encoder takes any router."""
+    router = routers()[name]
+    losses = () if isinstance(router.select, ExpertChoiceSelect | All) or router.activation == "identity" else DEFAULT
+    moe = MoELayer(num_experts=8, router=router, experts=Gated(width=8), losses=losses)
+    causal = router.build(dim=16, num_experts=8).causal
+    pair = encoder_decoders()["rotary"]
+    encoder, decoder = (side.replace(moe=moe, num_layers=1) for side in (pair.encoder, pair.decoder))
+    config = pair.replace(encoder=encoder, decoder=decoder.replace(allow_noncausal=not causal))
+    check_model(config, causal=causal, steps=10)

@@ -17,7 +17,7 @@ from moestro.core.plan import Plan
 from moestro.core.signals import Signals
 from moestro.core.trail import Key
 from moestro.models import Block, Decoder, Encoder, EncoderDecoder, encoder_decoders, encoders, examples
-from moestro.nn import Attention, CrossAttention, RelativeBias
+from moestro.nn import Attention, CrossAttention, PlainFeedForward, RelativeBias
 from moestro.testing.compare import assert_close
 from moestro.testing.models import check_model
 
@@ -157,6 +157,24 @@ def test_trails_lie_under_the_two_sides() -> None:
     assert isinstance(first, Plan)
     assert isinstance(second, Plan)
     assert (len(first.expert), len(second.expert)) == (B * N, B * S)
+    for path in trail.counts():
+        model.get_submodule(path).step(trail.counts()[path])  # a trail's paths are those of modules
+
+
+@pytest.mark.parametrize("name", ["t5", "rotary"])
+def test_checkpointing_changes_no_gradient_of_a_pair(name: str) -> None:
+    config = encoder_decoders()[name]
+    source, target = pair(config)
+    results = []
+    for save in (False, True):
+        sides = {s: getattr(config, s).replace(checkpoint=save) for s in ("encoder", "decoder")}
+        model = loud(config.replace(**sides)).train()
+        total, _, _, trail = model.loss(source, target, target.roll(-1, 1))
+        (total + trail.loss()).backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    for key, grad in results[0].items():
+        assert grad is not None, key
+        assert_close(key, results[1][key], grad, 1e-6)
 
 
 def test_what_streams_in_the_encoder_ends_there() -> None:
@@ -253,6 +271,19 @@ def test_flops_of_encoders(name: str) -> None:
     with counter() as count:
         model(tokens(37, N))[0].sum().backward()
     assert config.flops_per_token(N, "train") * B * N == count.get_total_flops()
+
+
+def test_parameters_of_t5_base() -> None:
+    """222 903 552, the number of the released T5-Base (Raffel et al. 2020 say 220 million)."""
+    attention = Attention(num_heads=12, head_dim=64, scale=1.0, positions=None)
+    sizes = {"vocab_size": 32_128, "dim": 768, "num_layers": 12, "ffn": PlainFeedForward(width=3072)}
+    config = EncoderDecoder(
+        encoder=Encoder(attention=attention.replace(causal=False), relative_bias=RelativeBias(), **sizes),
+        decoder=Decoder(
+            attention=attention, relative_bias=RelativeBias(), cross=CrossAttention(num_heads=12), tied=True, **sizes
+        ),
+    )
+    assert config.num_params() == config.num_active_params() == 222_903_552
 
 
 def test_contradictions_are_refused() -> None:
