@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from broken import experts, losses, optimizers, routers, training
+from broken import adapters, experts, losses, optimizers, routers, training
+from moestro.adapt import LoRA
+from moestro.adapt.attach import attach
 from moestro.core.plan import Plan
 from moestro.losses.config import SwitchBalance
 from moestro.models.examples import examples as decoders
 from moestro.optim.clip import grad_norm
+from moestro.testing.adapters import check_adapters
 from moestro.testing.experts import check_experts
 from moestro.testing.losses import check_loss, check_total
 from moestro.testing.optimizers import check_optimizer
@@ -130,3 +133,21 @@ def test_6_a_load_that_leaves_weights_random():
 def test_9_an_optimiser_that_takes_the_stack_for_one_matrix(broken):
     with pytest.raises(AssertionError, match="stepped in its stack and alone"):
         check_optimizer(broken)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (adapters.every_linear_layer, "reach: no adapter reaches expert 0 of layers.0.ffn"),
+        (adapters.write_out_all_updates, "as many as an update of all experts"),
+        (lambda model: model.embed.requires_grad_(False), "frozen: .* trains"),
+    ],
+)
+def test_10_adapters_that_skip_stacked_experts_or_write_their_updates_out(broken, reason):
+    with pytest.raises(AssertionError, match=reason):
+        check_adapters(broken)
+
+
+@pytest.mark.parametrize("shared", ["none", "a", "b", "both"])
+def test_10_adapters_that_reach_every_expert(shared):
+    check_adapters(lambda model: attach(model, LoRA(targets=("experts", "attention"), rank=2, shared=shared)))

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from adapt.adapt_cases import decoder, loss, perturb, tokens
@@ -27,6 +24,7 @@ from moestro.ops.combine import combine, gather_rows, through
 from moestro.ops.expert_mlp import naive
 from moestro.ops.rows import rows as derive
 from moestro.optim import AdamW
+from moestro.testing.adapters import Largest
 from moestro.testing.compare import assert_close
 from moestro.testing.experts import check_exchange, check_experts, plan_for
 
@@ -230,24 +228,6 @@ def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_the_mask() -> None:
 
 
 # What is never made ---------------------------------------------------------------------------------------------------
-
-
-class Largest(TorchDispatchMode):
-    """The largest memory, in numbers, that any operation makes; memory known before does not count."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {t.untyped_storage().data_ptr() for t in known}
-        self.numel, self.where = 0, ""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                numel = t.untyped_storage().nbytes() // 4
-                if numel > self.numel:
-                    self.numel, self.where = numel, str(func)
-        return out
 
 
 DELTA = 16 * 16 * 16  # numbers of the smallest update of all experts: that of gate, of up, or of down

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moestro
 from adapt.adapt_cases import decoder, perturb, tokens
-from moestro.adapt import LayerAllocation, Mixture
+from moestro.adapt import LayerAllocation, LoRA, Mixture
 from moestro.adapt.attach import adapters, attach, factors, merge, unload
 from moestro.adapt.config import allocation
 from moestro.adapt.mixture import files
@@ -23,12 +24,14 @@ from moestro.adapt.mixture.balance import diversity, watch
 from moestro.adapt.mixture.experts import LoRAExperts
 from moestro.adapt.mixture.linear import MoELinear
 from moestro.core.account import cost
+from moestro.core.carry import Carry
 from moestro.core.errors import UserError
 from moestro.core.plan import Dense, demand
 from moestro.core.signals import Signals
 from moestro.moe.dropin import collect
 from moestro.ops.combine import through
 from moestro.routers.config import All, Raw, Router
+from moestro.routers.steps import Scores
 from moestro.testing.compare import assert_close
 from moestro.testing.experts import check_experts, plan_for
 
@@ -399,6 +402,74 @@ def test_files_have_the_published_names_and_come_back(tmp_path: Path, where: str
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="a pickle, which is never loaded"):
         files.load(other, tmp_path)
+
+
+def test_ready_adapters_become_experts(tmp_path: Path) -> None:
+    """Two LoRA adapters in PEFT's format, routed over: with all weight on one, it is that adapter."""
+    want, base = [], llama()
+    for e, rank in enumerate((3, 2)):
+        model = llama()
+        attach(model, LoRA(targets=("*.q_proj", "*.v_proj"), rank=rank, alpha=4.0 + e))
+        perturb(model, 0.2 + 0.1 * e)
+        want.append(model(tokens()).logits.detach())
+        tensors = {}
+        for path, m in adapters(model).items():
+            tensors[f"base_model.model.{path}.lora_A.weight"] = m.delta.a.detach()
+            tensors[f"base_model.model.{path}.lora_B.weight"] = m.delta.b.detach()
+        folder = tmp_path / str(e)
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        said = {"peft_type": "LORA", "r": rank, "lora_alpha": 4.0 + e}
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+    soft = Router(select=All(), weigh=Raw())
+    allocation_ = LayerAllocation(experts=(2,), top_k=(1,), rank=(3,))
+    attach(base, Mixture(targets=("*.q_proj", "*.v_proj"), allocation=allocation_, choice=soft, dropout=0.0))
+    for e in (0, 1):
+        files.load_expert(base, e, tmp_path / str(e))
+    for e in (0, 1):
+        for m in adapters(base).values():
+            m.router.score = Always(e)
+        assert_close(f"adapter {e}", base(tokens()).logits, want[e], 1e-5)
+
+
+class Always(nn.Module):
+    """A score that gives one expert everything."""
+
+    causal, needs = True, ()
+
+    def __init__(self, expert: int) -> None:
+        super().__init__()
+        self.expert = expert
+
+    def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
+        logits = x.new_full((x.shape[0], 2), -1e4)
+        logits[:, self.expert] = 0.0
+        return Scores(logits=logits), carry
+
+
+def test_ready_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = llama()
+    attach(model, Mixture(targets=("*.q_proj",), allocation=LayerAllocation(experts=(2,), rank=(3,))))
+
+    def write(**change: Tensor) -> Path:
+        names = [f"base_model.model.model.layers.{j}.self_attn.q_proj.lora_{x}.weight" for j in (0, 1) for x in "AB"]
+        tensors = {n: torch.zeros(2, 16) if "A." in n else torch.zeros(16, 2) for n in names}
+        for n, t in change.items():
+            tensors[names[int(n[1])] if n[0] == "n" else n] = t
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2}))
+        return tmp_path
+
+    files.load_expert(model, 1, write())
+    with pytest.raises(UserError, match="no expert 2 of 2"):
+        files.load_expert(model, 2, write())
+    with pytest.raises(UserError, match="do not fit experts of rank 3"):
+        files.load_expert(model, 0, write(n0=torch.zeros(4, 16)))
+    with pytest.raises(UserError, match="fits no mixture"):
+        files.load_expert(model, 0, write(more=torch.zeros(1)))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no readable LoRA config"):
+        files.load_expert(model, 0, tmp_path)
 
 
 def test_mixtures_cannot_be_merged_but_removed() -> None:
