@@ -1,4 +1,4 @@
-"""`check_adapters`: adapters reach every routed expert, leave the base alone, and write no update of all experts out."""
+"""`check_adapters`: adapters reach every routed expert, leave the base alone, and never write out all updates."""
 
 from __future__ import annotations
 
