@@ -6,7 +6,7 @@ It is given a decorated experts module of whatever class and chooses, at every c
     fused rows   the same on sorted rows, then the module's own norm, then combine
     grouped      our grouped products with the module's own gate, biases and norm between them; transposed stacks are
                  read as they lie
-    grouped_mm   transformers' grouped products: for parameters that are spread over devices or of another dtype
+    grouped_mm   transformers' grouped products: for parameters that are spread over devices
     eager        the forward that the class was written with: for everything else
 
 Few choices without a gradient are never sorted. No path copies weights.
@@ -65,7 +65,7 @@ def explain(module: nn.Module) -> Explanation:
     return Explanation(*_choose(module)[:2])
 
 
-def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The weighted sum of every unit's experts, as `self` defines them.
 
     Shapes: hidden_states [T, D], top_k_index [T, K] integers, top_k_weights [T, K] -> [T, D] in the dtype of
@@ -77,10 +77,12 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     if choice.path == "eager" or hidden_states.ndim != 2 or top_k_index.ndim != 2:
         return original_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     first = getattr(self, layout.first)
-    x = hidden_states
-    if choice.path == "grouped_mm" or _differ(x, first):
+    if choice.path == "grouped_mm":
         return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    down: Tensor = self.down_proj  # type: ignore[assignment]
+    x = hidden_states
+    if x.dtype != first.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(first.dtype)  # as transformers' grouped products do
+    down: Tensor = self.down_proj
     biases = (None, None)
     if layout.has_bias:
         biases = getattr(self, f"{layout.first}_bias"), self.down_proj_bias
@@ -100,7 +102,7 @@ def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
             out = gated_mlp(xs, first, down, index.offsets, choice.activation)
         else:
             out = mlp(xs, first, down, index.offsets, choice.activation, *biases)
-        y = combine(self.post_expert_norm(out), weight, index)  # type: ignore[operator]
+        y = combine(self.post_expert_norm(out), weight, index)
     else:
         y = combine(_grouped(self, layout, gather_rows(x, index), index, first, down, *biases), weight, index)
     return y.to(hidden_states.dtype)
@@ -152,11 +154,6 @@ def _few(module: nn.Module, expert: Tensor, *tensors: Tensor) -> bool:
     if expert.numel() > FEW or expert.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *module.parameters()))
-
-
-def _differ(x: Tensor, first: Tensor) -> bool:
-    """Whether the dtypes of units and weights differ and autocast does not settle it."""
-    return x.dtype != first.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
 def _choose(module: Any) -> _Choice:

@@ -61,8 +61,6 @@ def grouped_linear(
     if offsets.shape != (weight.shape[0] + 1,):
         raise UserError(f"grouped_linear needs {weight.shape[0] + 1} offsets, not {list(offsets.shape)}")
     if bias is not None and bias.shape != (weight.shape[0], weight.shape[O]):
-        raise UserError(
-            f"grouped_linear needs bias {[weight.shape[0], weight.shape[O]]}, not {list(bias.shape)}"
-        )
+        raise UserError(f"grouped_linear needs bias {[weight.shape[0], weight.shape[O]]}, not {list(bias.shape)}")
     rows, weight, bias = operands("grouped_linear", rows, weight, bias)
     return _Grouped.apply(rows, weight, offsets, bias, transposed)  # type: ignore[return-value]
