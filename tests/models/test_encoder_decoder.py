@@ -335,3 +335,18 @@ def test_the_suite_finds_a_source_that_is_ignored(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(encoder_decoder, "Memory", lambda states, valid: kept(states * 0, valid))
     with pytest.raises(AssertionError, match="does not depend on it"):
         check_model(encoder_decoders()["t5"], steps=1)
+
+
+def test_a_pair_is_one_graph() -> None:
+    config, small = encoder_decoders()["t5"], {"checkpoint": False, "num_layers": 1, "layout": ("moe",)}
+    sides = {"encoder": config.encoder.replace(**small), "decoder": config.decoder.replace(**small)}
+    model = config.replace(**sides).build()
+    source, target = pair(config)
+    logits, _, trail = torch.compile(model, backend="aot_eager", fullgraph=True)(source, target)
+    want, _, plain = model(source, target)
+    assert_close("logits", logits, want, 1e-6)
+    given = list(model.parameters())
+    got = torch.autograd.grad(logits.logsumexp(-1).sum() + trail.loss(), given)
+    expected = torch.autograd.grad(want.logsumexp(-1).sum() + plain.loss(), given)
+    for (name, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
+        assert_close(f"gradient of {name}", a, b, 1e-5)
