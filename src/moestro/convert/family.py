@@ -59,6 +59,7 @@ _TRAINING = {
     "init_std",
     "init_depth_scaled",
     "checkpoint",
+    "dropout",
     "allow_noncausal",
     "losses",
     "deterministic",

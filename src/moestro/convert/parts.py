@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..core.config import Config
 from ..core.errors import UserError
 from ..experts.config import Gated
 from ..losses.config import Loss, PerUnitBalance
 from ..models.config import Block, Decoder
 from ..moe.config import MoELayer
 from ..nn.config import Attention, FeedForward, RMSNorm
-from ..routers.config import Raw, Renormalised, Router, TopK
+from ..routers.config import Constant, Raw, Renormalised, Router, TopK
 from .fields import Fields
 
 __all__ = [
     "ACTIVATIONS",
+    "activation_field",
     "attention_of",
     "balance",
     "balance_coefficient",
     "decoder",
+    "dense_of",
+    "first_of",
     "heads",
+    "normalised",
     "num_layers",
     "one",
+    "routed_of",
     "router",
     "write_common",
     "write_decoder",
@@ -69,8 +75,21 @@ def heads(fields: Fields, *, kv: int | None = None, head_dim: int | None = None)
 def router(k: int, normalised: bool) -> Router:
     """A linear softmax router, weights renormalised over the chosen or not."""
     if k == 1 and normalised:
-        raise UserError("norm_topk_prob: with one expert per token every weight is 1, and no router can be trained")
+        return Router(select=TopK(k=1), weigh=Constant())  # p / p
     return Router(select=TopK(k=k), weigh=Renormalised() if normalised else Raw())
+
+
+def normalised(router: Router) -> bool:
+    """Whether the router's weights are renormalised over the chosen, `norm_topk_prob`."""
+    return isinstance(router.weigh, Renormalised | Constant)
+
+
+def first_of(blocks: Sequence[Block], kind: type[Config]) -> Block:
+    """The first block with an FFN of this kind. Raises `UserError` where there is none."""
+    for block in blocks:
+        if isinstance(block.ffn, kind):
+            return block
+    raise UserError(f"layout: no block has a {kind.__name__}, which this family needs")
 
 
 def balance(fields: Fields, default: float = 0.001) -> tuple[Loss, ...]:
@@ -83,7 +102,7 @@ def balance_coefficient(layer: MoELayer) -> float:
     return next((loss.coefficient for loss in layer.losses if isinstance(loss, PerUnitBalance)), 0.0)
 
 
-def one(values: list[Any], what: str) -> Any:
+def one(values: Sequence[Any], what: str) -> Any:
     """The value that all layers share. Raises `UserError` where they do not."""
     for value in values[1:]:
         if value != values[0]:
@@ -98,11 +117,14 @@ def attention_of(block: Block) -> Attention:
     return block.mixer
 
 
-def decoder(fields: Fields, blocks: Callable[[int], tuple[Block, ...]] | None = None, **parts: Any) -> Decoder:
+Blocks = tuple[Block, ...]
+
+
+def decoder(fields: Fields, blocks: Blocks | Callable[[int], Blocks] | None = None, **parts: Any) -> Decoder:
     """A decoder from the fields that nearly all families share; parts: what else `Decoder` takes."""
     layers = num_layers(fields)
     if blocks is not None:
-        parts["blocks"] = blocks(layers)
+        parts["blocks"] = blocks if isinstance(blocks, tuple) else blocks(layers)
     norm = parts.pop("norm", None) or RMSNorm(eps=fields.take("rms_norm_eps", float, 1e-6))
     return Decoder(
         vocab_size=fields.take("vocab_size", int),

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..core.errors import UserError
-from ..nn.config import Interpolated, Llama3, Positions, Rotary, Scaling, YaRN
+from ..nn.config import Interpolated, Llama3, LongRoPE, Positions, Rotary, Scaling, YaRN
 from .fields import Fields
 
 __all__ = ["LEGACY", "read_rotary", "write_rotary"]
@@ -39,8 +39,11 @@ def read_rotary(fields: Fields, *, default_theta: float = 10_000.0, style: Any =
         )
     elif kind == "yarn":
         scaling = _read_yarn(fields, inner, context)
+    elif kind == "longrope":
+        scaling = _read_longrope(fields, inner, context)
     else:
-        raise inner.error("rope_type", f"{kind!r} cannot be expressed here; known: default, linear, llama3, yarn")
+        known = "default, linear, llama3, yarn, longrope"
+        raise inner.error("rope_type", f"{kind!r} cannot be expressed here; known: {known}")
     return Rotary(
         base=inner.take("rope_theta", float, theta),
         fraction=inner.take("partial_rotary_factor", float, fraction),
@@ -58,24 +61,40 @@ def _read_yarn(fields: Fields, inner: Fields, context: int) -> YaRN:
     original = _original(fields, inner, context)
     factor = inner.take("factor", float, None)
     factor = context / original if factor is None else factor
-    attention = inner.take("attention_factor", float, None)
-    mscale, over_all = inner.take("mscale", float, 0.0), inner.take("mscale_all_dim", float, 0.0)
-    if attention is None and mscale and over_all:
-        attention = mscale_of(factor, mscale) / mscale_of(factor, over_all)
     return YaRN(
         factor=factor,
         original_context=original,
         beta_fast=inner.take("beta_fast", float, 32.0) or 32.0,
         beta_slow=inner.take("beta_slow", float, 1.0) or 1.0,
-        attention_factor=attention,
+        attention_factor=inner.take("attention_factor", float, None),
+        mscale=inner.take("mscale", float, None),
+        mscale_all_dim=inner.take("mscale_all_dim", float, None),
         as_released=True,
         truncate=inner.take("truncate", bool, True),
     )
 
 
-def mscale_of(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's temperature for a stretch of `factor` (Peng et al. 2023, section 3.4), with DeepSeek's coefficient."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+def _read_longrope(fields: Fields, inner: Fields, context: int) -> LongRoPE:
+    """The factors on queries and keys are Phi-3.5-MoE's short_mscale and long_mscale, else attention_factor, else what
+    follows from the stretch s of a context L: sqrt(1 + ln s / ln L)."""
+    original = _original(fields, inner, context)
+    stretch = inner.take("factor", float, context / original)
+    scale = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    scale = inner.take("attention_factor", float, scale)
+    return LongRoPE(
+        short_factor=_floats(inner, "short_factor"),
+        long_factor=_floats(inner, "long_factor"),
+        original_context=original,
+        short_scale=inner.take("short_mscale", float, scale),
+        long_scale=inner.take("long_mscale", float, scale),
+    )
+
+
+def _floats(inner: Fields, name: str) -> tuple[float, ...]:
+    values = inner.take(name, list)
+    if not all(type(v) in (int, float) for v in values):
+        raise inner.error(name, f"expected a list of numbers, found {values!r}")
+    return tuple(map(float, values))
 
 
 def write_rotary(positions: Positions | None, *, style: str = "half") -> dict[str, Any]:
@@ -98,10 +117,16 @@ def write_rotary(positions: Positions | None, *, style: str = "half") -> dict[st
         case YaRN(as_released=True) as s:
             out |= {"rope_type": "yarn", "factor": s.factor, "beta_fast": s.beta_fast, "beta_slow": s.beta_slow}
             out["original_max_position_embeddings"] = s.original_context
-            if s.attention_factor is not None:
-                out["attention_factor"] = s.attention_factor
+            optional = ("attention_factor", "mscale", "mscale_all_dim")
+            out |= {name: value for name in optional if (value := getattr(s, name)) is not None}
             if not s.truncate:
                 out["truncate"] = False
+        case LongRoPE(use="auto") as s:
+            out |= {"rope_type": "longrope", "short_mscale": s.short_scale, "long_mscale": s.long_scale}
+            out |= {"short_factor": list(s.short_factor), "long_factor": list(s.long_factor)}
+            out["original_max_position_embeddings"] = s.original_context
+            if s.short_scale == s.long_scale:
+                out["attention_factor"] = s.short_scale
         case YaRN():
             raise UserError("positions.scaling.as_released: checkpoints hold YaRN as released only, set it to True")
         case other:

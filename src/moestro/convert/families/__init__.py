@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, did_you_mean
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "find"]
 
-FAMILIES = ("mixtral",)
-"""The model types that are known."""
+FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+"""The model types that are known: one for every file of this folder."""
 
 
 def find(model_type: object, where: object = "convert") -> Family:
