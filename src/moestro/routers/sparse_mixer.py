@@ -18,7 +18,7 @@ __all__ = ["NearBestWeight", "SparseMixerSelect"]
 
 
 def near_best(logits: Tensor, taken: list[Tensor], epsilon: float) -> Tensor:
-    """[T, E'] the logits, -inf for experts in `taken` ([T, 1] each) and for those that fall behind the best of the rest.
+    """[T, E'] the logits, -inf for experts in `taken` ([T, 1] each) and for those far behind the best of the rest.
 
     Expert e falls behind where (best - logit) / max(|logit|, best) > 2 epsilon. At least one is always left.
     """

@@ -132,7 +132,7 @@ class WeighStep(Step):
     """`(Scores, expert [T, K]) -> weight [T, K]`, 0 where expert is -1. Built as `(config)`.
 
     `slots` says whether it can also be used for expert choice, where `of_slots(Scores, unit [G, E, C])` is called.
-    `draws` says whether `drawn(Scores, expert, signals)` is called instead, in training too, because weights are random.
+    `draws` says whether `drawn(Scores, expert, signals)` is called instead: weights are random in training.
     """
 
     slots: bool = False

@@ -88,8 +88,9 @@ def cross_entropy(
     """Next-token loss without ever holding all logits: (sum of nats [], number of targets [] int64).
 
     Shapes: h [T, D], head [V, D], target [T] int64 with -1 = ignored, valid [T] bool or None (False = ignored too),
-    bias [V] or None, added to the logits. Logits, softmax and sum are fp32 (float64 for float64 inputs) whatever the inputs' dtype. `chunk` is the number of
-    units projected at a time, see `chunk_size`. The gradient is computed during the forward pass.
+    bias [V] or None, added to the logits. Logits, softmax and sum are fp32 (float64 for float64 inputs) whatever the
+    inputs' dtype. `chunk` is the number of units projected at a time, see `chunk_size`. The gradient is computed during
+    the forward pass.
     Raises `UserError` for shapes that do not fit.
     """
     if h.ndim != 2 or head.ndim != 2 or h.shape[1] != head.shape[1]:
