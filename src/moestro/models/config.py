@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
@@ -21,6 +21,11 @@ from ..nn.config import (
 )
 
 
+def _check_dropout(config: Config, share: float) -> None:
+    if not 0 <= share < 1:
+        raise UserError(f"{type(config).__name__}.dropout: {share} does not lie in [0, 1)")
+
+
 @config
 class Block(Config):
     """One block: norm, mixer, residual; norm, feed-forward layer (dense or routed), residual. Built with (dim)."""
@@ -34,6 +39,11 @@ class Block(Config):
     """The norms before both."""
     residual_scale: float = 1.0
     """Factor on what mixer and feed-forward layer add to the residual (Granite)."""
+    dropout: float = 0.0
+    """Share of the entries of what they add that is dropped in training."""
+
+    def __post_init__(self) -> None:
+        _check_dropout(self, self.dropout)
 
 
 @config
@@ -85,6 +95,8 @@ class Stack(Config):
     """Factor on embeddings (Gemma: sqrt(dim)); None = 1."""
     residual_scale: float = 1.0
     """Factor on what mixers and feed-forward layers add to the residual (Granite); `blocks` say it themselves."""
+    dropout: float = 0.0
+    """Share of entries of embeddings and of what blocks add that is dropped in training; `blocks` say it themselves."""
     positions: AbsolutePositions | None = None
     """Positions that are added to embeddings."""
     relative_bias: RelativeBias | None = None
@@ -102,6 +114,7 @@ class Stack(Config):
 
     def __post_init__(self) -> None:
         self.at_least(1, "vocab_size", "dim", "num_layers", "context")
+        _check_dropout(self, self.dropout)
         self.resolved()
         if self.relative_bias is not None:
             self.heads()
@@ -137,6 +150,8 @@ class Stack(Config):
                 raise UserError(f"{name}.blocks: already says what layout and num_experts would; leave those unset")
             if self.residual_scale != 1.0:
                 raise UserError(f"{name}.blocks: say their residual_scale themselves; leave it at 1 here")
+            if self.dropout:
+                raise UserError(f"{name}.blocks: say their dropout themselves; leave it at 0 here")
             return self.blocks
         kinds = self.kinds()
         if len(kinds) != self.num_layers:
@@ -152,7 +167,8 @@ class Stack(Config):
             ffn: FFN | MoELayer = self.ffn
             if kind == "moe" and self.moe is not None:
                 ffn = self.moe if self.num_experts is None else self.moe.replace(num_experts=next(counts))
-            blocks.append(Block(mixer=self.attention, ffn=ffn, norm=self.norm, residual_scale=self.residual_scale))
+            parts: dict[str, Any] = {"residual_scale": self.residual_scale, "dropout": self.dropout}
+            blocks.append(Block(mixer=self.attention, ffn=ffn, norm=self.norm, **parts))
         return tuple(blocks)
 
 

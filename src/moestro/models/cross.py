@@ -31,10 +31,10 @@ class CrossBlock(Block):
     ) -> tuple[Tensor, Carry, Trail]:
         state = carry.own.get("mixer")
         y, attend, carry, trail = self.mix(self.mixer_norm(h), signals, carry, state, bias)
-        h = self.add(h, y)
-        y, seen = self.cross(self.cross_norm(h), memory, carry.own.get("cross"))
-        h = self.add(h, y)
+        h = self.add(h, y, "mixer", signals, state)
+        y, seen = self.cross(self.cross_norm(h), memory, carry.own.get("cross"), signals)
+        h = self.add(h, y, "cross", signals, state)
         if seen is not None:
             carry = carry.put("cross", seen)
         y, carry, left = self.feed(self.ffn_norm(h), signals, carry, state, attend)
-        return self.add(h, y), carry, trail | left
+        return self.add(h, y, "ffn", signals, state), carry, trail | left

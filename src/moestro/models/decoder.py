@@ -19,7 +19,7 @@ from ..ops.few import linear
 from ..ops.pages import large_pages
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
-from .stack import Embedding, Stack, places
+from .stack import Embedding, Stack, dropped, places
 
 __all__ = ["Block", "Decoder", "Embedding", "Head", "ParallelBlock"]
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.norms(config, dim)
         self.mixer = config.mixer.build(dim)
         self.ffn = config.ffn.build(dim)
-        self.residual_scale = config.residual_scale
+        self.residual_scale, self.dropout = config.residual_scale, config.dropout
         self.routed_ffn = isinstance(config.ffn, MoELayer)
         self.threads = bool(getattr(self.mixer, "threads", False))
         self.routed = self.routed_ffn or self.threads
@@ -84,12 +84,14 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Carry, Trail]:
         state = carry.own.get("mixer")
         y, attend, carry, trail = self.mix(self.mixer_norm(h), signals, carry, state, bias)
-        h = self.add(h, y)
+        h = self.add(h, y, "mixer", signals, state)
         y, carry, left = self.feed(self.ffn_norm(h), signals, carry, state, attend)
-        return self.add(h, y), carry, trail | left
+        return self.add(h, y, "ffn", signals, state), carry, trail | left
 
-    def add(self, h: Tensor, y: Tensor) -> Tensor:
-        """h + residual_scale * y."""
+    def add(self, h: Tensor, y: Tensor, part: str, signals: Signals, state: Any) -> Tensor:
+        """h + residual_scale * y, in training with entries of y dropped. part: whose output y is."""
+        if self.dropout and self.training:
+            y = dropped(y, self.dropout, part, signals, state)
         return h + y if self.residual_scale == 1.0 else h + y * self.residual_scale
 
     def mix(
@@ -135,7 +137,8 @@ class ParallelBlock(Block):
         x = self.norm(h)
         y, attend, carry, trail = self.mix(x, signals, carry, state, bias)
         z, carry, left = self.feed(x, signals, carry, state, attend)
-        return self.add(self.add(h, y), z), carry, trail | left
+        h = self.add(h, y, "mixer", signals, state)
+        return self.add(h, z, "ffn", signals, state), carry, trail | left
 
 
 class Decoder(Stack):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.carry import Carry
+from ..core.draws import fold
 from ..core.errors import UserError
 from ..core.params import ParamInfo
 from ..core.pytree import changed
@@ -15,11 +16,12 @@ from ..core.signals import Signals
 from ..core.trail import Trail
 from ..nn.cache import KVCache
 from ..nn.cross import Memory
+from ..nn.dropout import dropout
 from ..nn.init import initialise
 from ..ops.choice import checkpoint
 from .config import Stack as StackConfig
 
-__all__ = ["Embedding", "Stack", "TiedEmbedding", "length_of", "places"]
+__all__ = ["Embedding", "Stack", "TiedEmbedding", "dropped", "length_of", "places"]
 
 
 class Embedding(nn.Embedding):
@@ -78,6 +80,14 @@ def places(signals: Signals, x: Tensor, state: Any) -> dict[str, Tensor]:
     return changes
 
 
+def dropped(x: Tensor, share: float, part: str, signals: Signals, state: Any) -> Tensor:
+    """x [B, S, D] after dropout, with draws of its own for every part of a block."""
+    unit_id = signals.unit_id
+    if unit_id is None:
+        unit_id = (places(signals, x, state) if signals.places is None else signals.places)["unit_id"]
+    return dropout(x, share, fold(signals.seed, f"dropout.{part}"), unit_id)
+
+
 class Stack(nn.Module):
     """Embedding, blocks, last norm. `run(embed(tokens))` is `hidden`; `run` can do any slice of the blocks.
 
@@ -126,6 +136,8 @@ class Stack(nn.Module):
         names = [f"layers.{i}" for i in range(start, stop)]
         parts, after = carry.apart(names), carry
         more: dict[str, Any] = {}
+        if self.config.dropout and self.training and start == 0 and parts:
+            h = dropped(h, self.config.dropout, "embed", signals, parts[0].get("mixer"))
         if self.positions is not None or self.relative is not None:
             before = length_of(parts[0].get("mixer")) if parts else 0
             if self.positions is not None and start == 0 and parts:
@@ -134,7 +146,8 @@ class Stack(nn.Module):
                 more["bias"] = self.relative(h.shape[1], before + h.shape[1])
         for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
             inner, seen = changed(after, own=parts[i]), signals
-            if getattr(layer, "routed", False) and signals.places is None:
+            draws = self.training and getattr(layer, "dropout", 0)
+            if (draws or getattr(layer, "routed", False)) and signals.places is None:
                 state = inner.own.get("mixer")
                 length = length_of(state)
                 if length not in told:

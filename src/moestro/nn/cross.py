@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.pytree import pytree
+from ..core.signals import Signals
 from .config import CrossAttention as CrossAttentionConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
@@ -41,7 +42,8 @@ class CrossAttention(nn.Module):
 
     Shapes: x [B, S, D], memory of N units [B, N, D'] -> y [B, S, D]. Padding of the memory is seen by nobody; a
     sequence whose memory is all padding gets a finite y that means nothing. state None = nothing is kept; `new_state()`
-    starts a cache, and a filled one stands in for the memory, which is not looked at again.
+    starts a cache, and a filled one stands in for the memory, which is not looked at again. signals: of x, for adapted
+    maps that look at them.
     """
 
     role = "attention"
@@ -65,7 +67,11 @@ class CrossAttention(nn.Module):
         self.k_norm = RMSNorm(norm, self.head_dim) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, memory: Memory | None = None, state: CrossCache | None = None
+        self,
+        x: Tensor,
+        memory: Memory | None = None,
+        state: CrossCache | None = None,
+        signals: Signals | None = None,
     ) -> tuple[Tensor, CrossCache | None]:
         B, S, _ = x.shape
         seen = state if state is not None and state.key is not None else self._read(memory)
@@ -74,12 +80,12 @@ class CrossAttention(nn.Module):
         assert value is not None
         if key.shape[0] != B:
             raise UserError(f"cross-attention: a memory of {key.shape[0]} sequences for {B}; give every row its own")
-        q = products(x, self.q)[0].view(B, S, self.num_heads, self.head_dim)
+        q = products(x, self.q, signals=signals)[0].view(B, S, self.num_heads, self.head_dim)
         q = (q if self.q_norm is None else self.q_norm(q)).transpose(1, 2)
         mask = None if valid is None else (valid | ~valid.any(1, keepdim=True))[:, None, None]
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=self.config.scale, enable_gqa=grouped)
-        (y,) = products(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), self.o)
+        (y,) = products(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), self.o, signals=signals)
         return y, None if state is None else seen
 
     def _read(self, memory: Memory | None) -> CrossCache:
