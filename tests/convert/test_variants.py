@@ -136,10 +136,9 @@ def test_mxfp4_equals_transformers(dtype: torch.dtype) -> None:
 def quantise(folder: Path, change: Any = None) -> dict[str, Tensor]:
     """Make a GPT-OSS checkpoint as it was released, in place; what it stands for is returned."""
     tensors = {k: v.to(torch.bfloat16) for k, v in files(folder).items()}
-    plain, seed = dict(tensors), 0
-    for name in [n for n in tensors if n.endswith("_proj") and "experts" in n]:
+    plain = dict(tensors)
+    for seed, name in enumerate([n for n in tensors if n.endswith("_proj") and "experts" in n]):
         E, I, O = tensors.pop(name).shape
-        seed += 1
         blocks, scales = quantised(E, O, I, seed)
         tensors |= {name + "_blocks": blocks, name + "_scales": scales}
         plain[name] = dequantise(blocks, scales).transpose(1, 2).contiguous()
@@ -210,8 +209,7 @@ def test_fields_that_cannot_be_read(family: str, changes: dict[str, Any], messag
 
 
 def test_longrope_beyond_the_original_context() -> None:
-    """The long factors are used there. (transformers' Phi-MoE has its long_mscale but the short factors; Phi-3's rotary,
-    of the same authors, has both.)"""
+    """The long factors are used there. (transformers' Phi-MoE has its long_mscale but the short factors.)"""
     rope = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
     fields = find("phimoe").examples()["longrope"]

@@ -81,15 +81,18 @@ def test_padding_changes_nothing(name: str, side: str, training: bool) -> None:
     real = slice(4, None) if side == "left" else slice(0, 7)
     valid = torch.zeros_like(wide, dtype=torch.bool)
     valid[:, real] = True
-    want, _, alone = model(x)
-    got, _, left = model(wide, Signals(valid=valid.view(-1)))
+    unit = torch.arange(B * 7)  # what is drawn for a token does not depend on its place in the batch
+    places = torch.full((B, 11), -1).masked_scatter(valid, unit)
+    want, _, alone = model(x, Signals(unit_id=unit))
+    given = Signals(valid=valid.view(-1), unit_id=places.view(-1))
+    got, _, left = model(wide, given)
     assert_close("logits", got[:, real], want, 1e-5)
     for key in alone:
         assert torch.equal(left[key].demand, alone[key].demand), "padding is not counted"  # type: ignore[arg-type]
         for term, t in alone[key].terms.items():
             assert_close(f"{key} {term}", left[key].terms[term].value(), t.value(), 1e-5)
-    total, count, _, _ = model.loss(wide, wide, Signals(valid=valid.view(-1)))
-    bare, number, _, _ = model.loss(x, x)
+    total, count, _, _ = model.loss(wide, wide, given)
+    bare, number, _, _ = model.loss(x, x, Signals(unit_id=unit))
     assert int(count) == int(number) == B * 7
     assert_close("loss", total, bare, 1e-5)
 

@@ -1,4 +1,4 @@
-"""MXFP4: blocks of 32 numbers of four bits with one scale of eight (OCP Microscaling Formats 1.0, sections 5.3 and 5.4).
+"""MXFP4: blocks of 32 numbers of four bits and one scale of eight (OCP Microscaling Formats 1.0, sections 5.3 and 5.4).
 
 GPT-OSS stores its expert matrices so: `<name>_blocks` [..., G, 16] holds two numbers per byte, the first in the low
 half; `<name>_scales` [..., G] holds the exponents of the blocks.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..experts.config import MLP, Gated
+from ..experts.config import MLP, ClampedGated, Gated
 from ..moe.config import AttentionExperts, MoELayer
 from ..nn.config import (
     Attention,
@@ -11,13 +11,25 @@ from ..nn.config import (
     LatentAttention,
     LayerNorm,
     Learned,
+    LongRoPE,
     PlainFeedForward,
     RelativeBias,
     Rotary,
     Sinusoidal,
     YaRN,
 )
-from ..routers.config import GroupLimited, LossFree, Raw, Renormalised, Router, TopK
+from ..routers.config import (
+    GroupLimited,
+    Linear,
+    LossFree,
+    NearBest,
+    Raw,
+    Renormalised,
+    Router,
+    SoftmaxKept,
+    SparseMixer,
+    TopK,
+)
 from .config import Block, Decoder, Encoder, EncoderDecoder, ParallelBlock
 
 __all__ = ["encoder_decoders", "encoders", "examples"]
@@ -48,6 +60,14 @@ def examples() -> dict[str, Decoder]:
         style="interleaved", scaling=YaRN(factor=4.0, original_context=8, mscale=0.7, mscale_all_dim=1.0)
     )
     groups = LossFree(inner=GroupLimited(groups=2, kept=1, inner=TopK(k=2)))
+    sink = _ATTENTION.replace(sinks=True, bias="all")
+    clamped = _MOE.replace(
+        router=Router(score=Linear(bias=True), select=TopK(k=2), weigh=SoftmaxKept()),
+        experts=ClampedGated(width=12, limit=1.5),
+    )
+    sliding, full = Block(mixer=sink.replace(window=4), ffn=clamped), Block(mixer=sink, ffn=clamped)
+    long = LongRoPE(short_factor=(1.0, 2.0, 3.0), long_factor=(1.0, 4.0, 9.0), original_context=5, use="long")
+    mixed = _MOE.replace(router=Router(select=SparseMixer(epsilon=0.3), weigh=NearBest(epsilon=0.3)))
     v3 = Router(activation="sigmoid", select=groups, weigh=Renormalised(scale=2.5, epsilon=1e-20))
     return {
         "moe": base,
@@ -64,6 +84,14 @@ def examples() -> dict[str, Decoder]:
             moe=shared.replace(router=v3, losses=()),
         ),
         "blocks": base.replace(num_layers=3, blocks=(windowed, dense, whole)),
+        "sinks": base.replace(num_layers=3, blocks=(sliding, full, sliding)),
+        "multipliers": base.replace(
+            attention=_ATTENTION.replace(scale=0.3), embedding_scale=3.0, residual_scale=0.4, logits_scaling=0.5
+        ),
+        "sparse_mixer": base.replace(
+            attention=_ATTENTION.replace(positions=Rotary(scaling=long)), moe=mixed, norm=LayerNorm(), head_bias=True
+        ),
+        "tied_bias": base.replace(tied=True, head_bias=True),
         "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
         "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),
         "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),

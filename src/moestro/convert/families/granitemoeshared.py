@@ -9,7 +9,6 @@ from ...core.errors import UserError
 from ...experts.config import Gated
 from ...models.config import Decoder
 from ...moe.config import MoELayer
-from ..family import Family
 from ..fields import Fields
 from ..parts import one
 from ..rules import Stack
