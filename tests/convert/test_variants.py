@@ -18,6 +18,8 @@ from moestro.convert.tensors import DictTensors
 from moestro.core.errors import UserError
 from moestro.core.plan import Plan
 from moestro.core.trail import Trail
+from moestro.serve.generate import generate
+from moestro.serve.weights import pack_model
 from moestro.testing.compare import assert_close
 
 FAMILIES = ("gpt_oss", "granitemoe", "granitemoeshared", "phimoe")
@@ -77,6 +79,9 @@ def test_in_and_out(family: str, example: str, tmp_path: Path) -> None:
         direct = nn.functional.cross_entropy(want[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
         assert_close("loss", nats / count, direct / count, 1e-5)
 
+    written = model.generate(TOKENS[:1, :6], max_new_tokens=6, do_sample=False, eos_token_id=None)[0, 6:]
+    assert generate(loaded.model, TOKENS[0, :6], 6).tokens.tolist() == written.tolist()
+
     convert.save(loaded.model, tmp_path / "ours", to=family, source=loaded)
     before, after = files(tmp_path / "theirs"), files(tmp_path / "ours")
     assert before.keys() == after.keys()
@@ -98,6 +103,39 @@ def test_configs_are_written_from_nothing(family: str, example: str) -> None:
     config = convert.read_config(made.examples()[example] | {"model_type": family})
     again = convert.read_config({**json.loads(json.dumps(made.write(config))), "model_type": family})
     assert again == config
+
+
+GPT_OSS = {"model_type": "gpt_oss", "hidden_size": 2880, "num_attention_heads": 64, "vocab_size": 201_088}
+PHI = {"model_type": "phimoe", "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32_064}
+SIZES = [  # the models' own figures: all parameters, and those of a token without the input embedding
+    (GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128, "sliding_window": 128}, 116.83e9, 5.13e9),
+    (GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32, "sliding_window": 128}, 20.91e9, 3.61e9),
+    (PHI | {"hidden_size": 4096, "attention_bias": True, "lm_head_bias": True}, 41.9e9, 6.5e9),
+]
+
+
+@pytest.mark.parametrize(("fields", "total", "active"), SIZES)
+def test_published_sizes(fields: dict[str, Any], total: float, active: float) -> None:
+    config = convert.read_config({**fields, "max_position_embeddings": 131_072})
+    assert config.num_params() == pytest.approx(total, rel=1e-3)
+    assert config.num_active_params() - config.vocab_size * config.dim == pytest.approx(active, rel=2e-3)
+
+
+def test_packed_weights_leave_what_they_do_not_know() -> None:
+    """Clamped experts stay as they are and say why; a head's bias and the logits' scale are kept."""
+    for family, example in (("gpt_oss", "plain"), ("phimoe", "longrope"), ("granitemoe", "multipliers")):
+        config = convert.read_config(find(family).examples()[example] | {"model_type": family})
+        model = config.build().eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+            want = model(TOKENS)[0]
+            packing = pack_model(model, "bf16")
+            assert_close(family, model(TOKENS)[0], want, 0.1)
+        if family == "gpt_oss":
+            assert packing.kept == {
+                f"layers.{i}.ffn.experts": "ClampedGatedBank is no stacked bank of MLP experts" for i in range(3)
+            }
 
 
 # MXFP4 ----------------------------------------------------------------------------------------------------------------
