@@ -19,9 +19,12 @@ from moestro.adapt import LoRA, Mixture
 from moestro.adapt.attach import adapters, attach, factors, merge
 from moestro.adapt.peft.pairs import flat, fuse, pad, stacked, unfuse
 from moestro.adapt.peft.read import load
+from moestro.adapt.peft.slots import slots
 from moestro.adapt.peft.write import CONFIG, TENSORS, save
-from moestro.convert.families import find
+from moestro.convert.families import FAMILIES, find
 from moestro.core.errors import UserError
+from moestro.experts.bank import Bank
+from moestro.models.config import Decoder
 from moestro.testing.compare import assert_close
 
 ROUTED = LoRA(targets=("experts", "attention"), rank=3, alpha=5.0, dropout=0.1)
@@ -33,8 +36,11 @@ CASES = {  # name -> (family, which of its examples, config)
     "qwen3_moe": ("qwen3_moe", 1, ROUTED.replace(targets=("experts", "attention", "ffn"))),
     "qwen2_moe": ("qwen2_moe", 0, ROUTED.replace(targets=("experts", "attention", "shared"))),
     "deepseek_v3": ("deepseek_v3", 0, ROUTED.replace(targets=("experts", "attention", "shared", "ffn"))),
+    "olmoe": ("olmoe", 0, ROUTED.replace(shared="b")),
+    "phimoe": ("phimoe", 0, ROUTED),
     "llama": ("llama", 0, LoRA(targets=("attention", "ffn"), rank=2, alpha=3.0)),
 }
+OTHER_LAYOUTS = ("gpt_oss", "granitemoe", "granitemoeshared")
 ALONE = """
 import json, sys, warnings
 sys.modules["moestro"] = None  # importing it raises
@@ -181,6 +187,37 @@ def test_what_the_file_says(made: Path) -> None:
     some = json.loads((made / "mixtral_some_layers" / "adapter" / CONFIG).read_text())
     assert some["target_parameters"][0] == "model.layers.1.mlp.experts.down_proj"
     assert not any(".layers.0." in n for n in load_file(made / "mixtral_some_layers" / "adapter" / TENSORS))
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"moestro"}))
+def test_places_are_those_of_transformers(family: str) -> None:
+    """Every place of every family that has a file: module, parameter and shape there, or a refusal with the reason."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, fields in find(family).examples().items():
+        config = convert.read_config({"model_type": family, **fields})
+        if not isinstance(config, Decoder):
+            continue
+        with torch.device("meta"):
+            model = config.build()
+            theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+        if family in OTHER_LAYOUTS:
+            with pytest.raises(UserError, match="in another layout"):
+                slots(model, family)
+            continue
+        found = slots(model, family)
+        assert {s.part for s in found} >= {"gate", "up", "down", "o"}, name
+        stacks = {p for p, m in model.named_modules() if isinstance(m, Bank) and m.role == "expert"}
+        assert {s.path for s in found if s.parameter} == stacks
+        for s in found:
+            module = theirs.get_submodule(s.module)
+            if s.parameter is None:
+                assert isinstance(module, nn.Linear), s
+                continue
+            bank = model.get_submodule(s.path)
+            shape = bank.down.shape if s.part == "down" else bank.gate_up.shape
+            assert getattr(module, s.parameter).shape == shape, s
+            assert not getattr(module, "is_transposed", False)
 
 
 # Pairs ----------------------------------------------------------------------------------------------------------------
