@@ -91,5 +91,14 @@ def test_impossible_shares() -> None:
             Decoder(dropout=share)
         with pytest.raises(UserError, match=r"Block\.dropout"):
             Block(dropout=share)
-    with pytest.raises(UserError, match="say their dropout themselves"):
-        Decoder(num_layers=1, blocks=(Block(),), dropout=0.1)
+
+
+def test_blocks_that_are_listed_say_their_own() -> None:
+    """The stack's share is then that of its embeddings."""
+    blocks = {"moe": None, "blocks": (Block(dropout=0.2), Block())}
+    config = examples()["dense"].replace(dropout=0.5, **blocks)
+    assert [block.dropout for block in config.build().layers] == [0.2, 0.0]
+    model, h, signals = config.replace(blocks=(Block(), Block())).build().train(), torch.ones(B, S, 16), Signals(seed=1)
+    unit = ((torch.arange(B) << 32)[:, None] + torch.arange(S)).view(-1)
+    want = dropout(h, 0.5, fold(1, "dropout.embed"), unit)
+    assert torch.equal(model.run(h, signals)[0], model.eval().run(want, signals)[0])

@@ -8,7 +8,7 @@ import torch
 from moestro.core.account import cost
 from moestro.core.errors import UserError
 from moestro.experts import MLP, Gated
-from moestro.models import Decoder, examples
+from moestro.models import Decoder, encoder_decoders, examples
 from moestro.models.twin import dense_twin, twin_width
 from moestro.moe import MoELayer
 from moestro.nn import Attention, FeedForward
@@ -77,3 +77,21 @@ def test_nothing_to_replace() -> None:
     tiny = MoELayer(num_experts=4, router=Router(select=TopK(k=2)), experts=Gated(width=1))
     with pytest.raises(UserError, match="over 1 percent apart; use wider experts"):
         dense_twin(BASE.replace(moe=tiny, vocab_size=2, context=2, attention=Attention(num_heads=1, head_dim=2)))
+
+
+@pytest.mark.parametrize("name", ["t5", "rotary"])
+def test_twin_of_a_pair(name: str) -> None:
+    pair = encoder_decoders()[name]
+    wide = pair.encoder.moe.replace(experts=pair.encoder.moe.experts.replace(width=48))
+    sides = {side: getattr(pair, side).replace(moe=wide, residual_scale=0.5) for side in ("encoder", "decoder")}
+    config = pair.replace(**sides)
+    twin = dense_twin(config, 16)
+    assert twin.flops_per_token(16) == pytest.approx(config.flops_per_token(16), rel=0.01)
+    assert {*twin.encoder.kinds(), *twin.decoder.kinds()} == {"dense"}
+    sparse, dense = (dict(c.build().named_parameters()) for c in (config, twin))
+    shared = [n for n in sparse if ".ffn." not in n]
+    assert shared == [n for n in dense if ".ffn." not in n]
+    assert all(torch.equal(sparse[n], dense[n]) for n in shared)
+    assert [b.residual_scale for b in twin.decoder.resolved()] == [0.5, 0.5]
+    with pytest.raises(UserError, match="its own twin"):
+        dense_twin(twin, 16)

@@ -96,7 +96,7 @@ class Stack(Config):
     residual_scale: float = 1.0
     """Factor on what mixers and feed-forward layers add to the residual (Granite); `blocks` say it themselves."""
     dropout: float = 0.0
-    """Share of entries of embeddings and of what blocks add that is dropped in training; `blocks` say it themselves."""
+    """Share of entries of embeddings, and of what blocks add, that is dropped in training; `blocks` say their own."""
     positions: AbsolutePositions | None = None
     """Positions that are added to embeddings."""
     relative_bias: RelativeBias | None = None
@@ -150,8 +150,6 @@ class Stack(Config):
                 raise UserError(f"{name}.blocks: already says what layout and num_experts would; leave those unset")
             if self.residual_scale != 1.0:
                 raise UserError(f"{name}.blocks: say their residual_scale themselves; leave it at 1 here")
-            if self.dropout:
-                raise UserError(f"{name}.blocks: say their dropout themselves; leave it at 0 here")
             return self.blocks
         kinds = self.kinds()
         if len(kinds) != self.num_layers:

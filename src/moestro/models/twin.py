@@ -1,16 +1,17 @@
-"""The dense twin: a decoder with a dense feed-forward layer of equal active FLOPs in place of every routed one."""
+"""The dense twin: a model with a dense feed-forward layer of equal active FLOPs in place of every routed one."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.errors import UserError
 from ..moe.config import MoELayer
 from ..nn.config import FeedForward
-from .config import Decoder
+from .config import Decoder, EncoderDecoder, Stack
 
 __all__ = ["TOLERANCE", "dense_twin", "twin_width"]
 
+M = TypeVar("M", bound=Stack | EncoderDecoder)
 TOLERANCE = 0.01  # of forward FLOPs per token
 
 
@@ -28,17 +29,24 @@ def twin_width(layer: MoELayer, dim: int, seq_len: int = 1) -> int:
     return max(1, round(flops / per_width))
 
 
-def dense_twin(config: Decoder, seq_len: int | None = None) -> Decoder:
-    """The config of the dense twin at sequences of `seq_len` tokens (default: the context).
+def dense_twin(config: M, seq_len: int | None = None) -> M:
+    """The config of the dense twin at sequences of `seq_len` tokens (default: the context). config: of a decoder, an
+    encoder, or both together.
 
     Forward FLOPs per token agree within 1 percent, layer by layer unless a layer is very narrow. All other parameters
-    keep name and shape, so that both models start from equal shared values. Raises `UserError` where the decoder has no
+    keep name and shape, so that both models start from equal shared values. Raises `UserError` where the model has no
     routed layer, or is so small that no whole widths give 1 percent.
     """
+    if isinstance(config, EncoderDecoder):
+        sides: dict[str, Stack] = {"encoder": config.encoder, "decoder": config.decoder}
+        routed = {name: side for name, side in sides.items() if _is_routed(side)}
+        if not routed:
+            raise UserError("dense_twin: this model has no routed layer; it is its own twin")
+        return config.replace(**{name: dense_twin(side, seq_len) for name, side in routed.items()})
     seq_len = config.context if seq_len is None else seq_len
     blocks = config.resolved()
-    if not any(isinstance(b.ffn, MoELayer) for b in blocks):
-        raise UserError("dense_twin: this decoder has no routed layer; it is its own twin")
+    if not _is_routed(config):
+        raise UserError("dense_twin: this model has no routed layer; it is its own twin")
     dense = tuple(
         b.replace(ffn=FeedForward(width=twin_width(b.ffn, config.dim, seq_len), activation=_activation(b.ffn)))
         if isinstance(b.ffn, MoELayer)
@@ -50,7 +58,8 @@ def dense_twin(config: Decoder, seq_len: int | None = None) -> Decoder:
     if alike and isinstance(dense[0].ffn, FeedForward) and config.blocks is None:
         twin = plain.replace(ffn=dense[0].ffn)
     else:
-        twin = plain.replace(blocks=dense)
+        said = {"cross": None, "source_dim": None} if isinstance(config, Decoder) else {}
+        twin = plain.replace(blocks=dense, residual_scale=1.0, **said)  # what blocks say themselves
     want, got = (c.flops_per_token(seq_len) for c in (config, twin))
     if abs(got - want) > TOLERANCE * want:
         raise UserError(
@@ -58,6 +67,10 @@ def dense_twin(config: Decoder, seq_len: int | None = None) -> Decoder:
             "use wider experts"
         )
     return twin
+
+
+def _is_routed(config: Stack) -> bool:
+    return any(isinstance(b.ffn, MoELayer) for b in config.resolved())
 
 
 def _activation(layer: MoELayer) -> Any:
