@@ -34,6 +34,12 @@ def tokens(config: Decoder, n: int) -> torch.Tensor:
     return torch.randint(0, config.vocab_size, (B, n), generator=torch.Generator().manual_seed(0))
 
 
+def in_whole_numbers(config: Decoder) -> int:
+    """FLOPs per token that are lost where a count is rounded down: a sink costs one more query per sequence, not per
+    token, so three products with it and what is computed again are each less than one short."""
+    return 4 * sum(isinstance(b.mixer, Attention) and b.mixer.sinks for b in config.resolved())
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_equal_the_built_model(name: str) -> None:
     config = CONFIGS[name]
@@ -49,7 +55,8 @@ def test_forward_flops(name: str, n: int) -> None:
     model = config.build().eval()
     with torch.no_grad(), counter() as count:
         model(tokens(config, n))
-    assert config.flops_per_token(n) * B * n == count.get_total_flops()
+    short = count.get_total_flops() - config.flops_per_token(n) * B * n
+    assert 0 <= short <= in_whole_numbers(config) * B * n
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -60,7 +67,8 @@ def test_training_flops(name: str) -> None:
     with counter() as count:
         total, _, _, trail = model.loss(x, x)
         (total + trail.loss()).backward()
-    assert config.flops_per_token(S, "train") * B * S == count.get_total_flops()
+    short = count.get_total_flops() - config.flops_per_token(S, "train") * B * S
+    assert 0 <= short <= in_whole_numbers(config) * B * S
 
 
 def test_active_parameters_by_hand() -> None:

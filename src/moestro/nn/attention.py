@@ -225,7 +225,10 @@ class Attention(nn.Module):
     def extra_flops(self, seq_len: int) -> int:
         """Forward FLOPs per token of scores and of their product with the values: all pairs, causal or not."""
         if self.sinks is not None and seq_len > 1:
-            return 4 * self.num_heads * sinks.widened(self.head_dim) * (seq_len + 1) ** 2 // seq_len
+            pairs = (seq_len + 1) * seq_len  # one more key; without a mask one more query per sequence as well
+            if self.window is None or seq_len <= self.window:
+                pairs += seq_len + 1
+            return 4 * self.num_heads * sinks.widened(self.head_dim) * pairs // seq_len
         return 4 * self.num_heads * self.head_dim * seq_len
 
     def extra_backward_flops(self, seq_len: int) -> int:
