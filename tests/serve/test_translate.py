@@ -17,6 +17,8 @@ from moestro.nn import Attention, CrossAttention, FeedForward
 from moestro.routers import Constant, Random, Router, Uniform
 from moestro.serve.generate import generate
 from moestro.serve.translate import Beam, beam_search, translate
+from moestro.serve.weights import pack_model
+from moestro.testing.compare import relative_error
 
 
 def loud(config: EncoderDecoder) -> Any:
@@ -173,3 +175,16 @@ def test_prefix_context_and_errors() -> None:
         model.decoder.norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
         beam_search(model, source)
+
+
+def test_packed_weights() -> None:
+    """bf16 maps, and cross-attention's with them; what stays is named."""
+    model = loud(encoder_decoders()["t5"])
+    source = torch.tensor([[1, 2, 3, 4]])
+    want, _, _ = model(source, source)
+    packing = pack_model(model, "bf16")
+    assert "decoder.layers.0.cross.k" in packing.packed
+    assert list(packing.kept) == ["encoder.layers.0.ffn", "decoder.layers.1.ffn"]
+    with torch.no_grad():
+        assert relative_error(model(source, source)[0], want) < 0.05
+    assert len(translate(model, [1, 2, 3], 4).tokens) == 4  # type: ignore[union-attr]

@@ -12,7 +12,7 @@ from ..core.errors import UserError, did_you_mean
 from ..core.params import describe
 from ..experts.bank import Bank
 from ..experts.packed import PackedBank, packable
-from ..nn.feedforward import FeedForward
+from ..nn.feedforward import FeedForward, PlainFeedForward
 from ..nn.packed import PackedFeedForward, PackedLinear
 from ..ops.packed import KINDS, Kind
 
@@ -81,6 +81,8 @@ def pack_model(model: nn.Module, kind: Kind) -> Packing:
             elif type(child) is FeedForward:
                 _put(parent, name, path, lambda source: PackedFeedForward(source, kind))
                 packed.append(path)
+            elif isinstance(child, PlainFeedForward):
+                kept[path] = "dense MLPs of two plain maps have no packed form"
             elif isinstance(child, nn.Linear) and getattr(child, "role", role) in _LINEAR:
                 _put(parent, name, path, lambda source: PackedLinear(source, kind))
                 packed.append(path)
