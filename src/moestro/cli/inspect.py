@@ -24,17 +24,18 @@ if TYPE_CHECKING:
     from ..trace.tables import Trace
     from ..train.load import Loaded
 
-__all__ = ["inspect", "main"]
+__all__ = ["Passage", "inspect", "layer_rows", "main", "read_text"]
 
 BATCH = 16_384  # tokens of one forward pass, and of the tables in the trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Run a trained model over any text; write its routing trace and a report about it."""
+    """Run a trained model, or a sparse model of Hugging Face's transformers, over any text; write its routing trace and
+    a report about it. The router of a transformers model stays its own, and no code from its folder is run."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
-    """The run folder (RUN/dense for its dense twin)."""
+    """The run folder (RUN/dense for its dense twin), or a folder with a model of Hugging Face's transformers."""
     data: str
     """A text file, or a folder with text files."""
     out: Path | None = None
@@ -42,7 +43,7 @@ class Options:
     tokens: int = 65_536
     """The most tokens to read, from the beginning."""
     seq_len: int | None = None
-    """Tokens per sequence; None = as in training."""
+    """Tokens per sequence; None = as in training, 512 for a transformers model."""
     state: Literal["best", "last"] = "best"
     """The weights that were best in validation, or those of the last state."""
     device: str = "cpu"
@@ -54,11 +55,17 @@ class Options:
 def main(args: Sequence[str]) -> int:
     options = parse(Options, args, verb="inspect")
     command = shlex.join(["moestro", "inspect", *args])
-    from ..train.load import load
+    out = options.out or Path(f"{Path(options.run).resolve()}-inspect-{Path(options.data).stem or 'text'}")
+    if _is_transformers(Path(options.run)):
+        from .inspect_folder import inspect_folder
 
-    loaded = load(options.run, state=options.state, device=options.device)
-    name = f"{loaded.folder.resolve()}-inspect-{Path(options.data).stem or 'text'}"
-    found = inspect(loaded, options.data, options.out or Path(name), options.tokens, options.seq_len, command)
+        sizes = options.tokens, options.seq_len or 512, options.device
+        found = inspect_folder(Path(options.run), options.data, out, *sizes, command)
+    else:
+        from ..train.load import load
+
+        loaded = load(options.run, state=options.state, device=options.device)
+        found = inspect(loaded, options.data, out, options.tokens, options.seq_len, command)
     stream = sys.stderr if options.json else sys.stdout
     layers = found["layers"]
     print_table(
@@ -81,6 +88,14 @@ def main(args: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(found))
     return 0
+
+
+def _is_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model that transformers wrote: a config.json with a model_type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def inspect(
@@ -108,7 +123,7 @@ def inspect(
         raise UserError(f"{loaded.folder}: a dense model; there is no routing to inspect")
     if is_run(out):
         raise UserError(f"{out}: holds a run; choose another folder with --out")
-    text = _read(data, loaded.tokenizer, tokens)
+    text = read_text(data, loaded.tokenizer, tokens)
     S = min(S, len(text.ids) - 1)
     windows = (len(text.ids) - 1) // S
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +171,7 @@ def inspect(
         "tokens": targets,
         "nats": nats / targets,
         "bits_per_byte": nats / math.log(2) / max(1, text_bytes),
-        "layers": dict(_layers(trace)),
+        "layers": dict(layer_rows(trace)),
         "trace": str(out / "trace.safetensors"),
         "report": str(out / "report.html"),
     }
@@ -181,7 +196,7 @@ def inspect(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Text:
+class Passage:
     """ids, lengths (bytes per token): [N] int64. labels: column -> [N]. names: kind -> names of its labels."""
 
     ids: np.ndarray
@@ -191,7 +206,7 @@ class _Text:
     files: int
 
 
-def _read(data: str, tokenizer: Tokenizer, most: int) -> _Text:
+def read_text(data: str, tokenizer: Tokenizer, most: int) -> Passage:
     """The first tokens of a text, with what kind of character and token of Python each is. Files end in a separator."""
     import numpy as np
 
@@ -227,7 +242,7 @@ def _read(data: str, tokenizer: Tokenizer, most: int) -> _Text:
     all_ids = np.concatenate(ids)[:most].astype(np.int64)
     if len(all_ids) < 2:
         raise UserError(f"{data}: only {len(all_ids)} token; give more text")
-    return _Text(
+    return Passage(
         ids=all_ids,
         lengths=np.concatenate(lengths)[:most].astype(np.int64),
         labels={name: np.concatenate(parts)[:most] for name, parts in labels.items()},
@@ -244,7 +259,7 @@ def _texts(pieces: Any) -> Iterator[tuple[str, bytes]]:
             yield piece.name, text
 
 
-def _layers(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+def layer_rows(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
     from ..trace.metrics import load_entropy, max_violation
 
     counts = trace.counts
