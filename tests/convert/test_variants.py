@@ -169,6 +169,8 @@ def test_mxfp4_equals_transformers(dtype: torch.dtype) -> None:
     view = Dequantised(DictTensors({"w_blocks": blocks, "w_scales": scales, "b": torch.zeros(2)}))
     assert set(view.entries()) == {"w", "b"}
     assert torch.equal(view.read("w"), want.to(torch.bfloat16))
+    assert torch.equal(view.read_box("w", ((1, 3), (3, 40), (0, 7))), want.to(torch.bfloat16)[1:3, 3:40, :7])
+    assert torch.equal(view.read("b"), torch.zeros(2))
 
 
 def quantise(folder: Path, change: Any = None) -> dict[str, Tensor]:

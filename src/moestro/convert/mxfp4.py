@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from .boxes import read_box, slices
+from .rules import Box, whole
 from .tensors import Entry, Tensors
 
 __all__ = ["Dequantised", "dequantise"]
@@ -80,10 +82,18 @@ class Dequantised:
         return self._entries
 
     def read(self, name: str) -> Tensor:
+        return self.read_box(name, whole(self._entries[name].shape))
+
+    def read_box(self, name: str, box: Box) -> Tensor:
         if name not in self._packed:
-            return self._source.read(name)
-        blocks, scales = self._source.read(name + _BLOCKS), self._source.read(name + _SCALES)
-        out = torch.empty(self._entries[name].shape, dtype=torch.bfloat16)
+            return read_box(self._source, name, box)
+        experts, *inside = box
+        entries = self._source.entries()
+        blocks, scales = (
+            read_box(self._source, name + part, (experts, *whole(entries[name + part].shape)[1:]))
+            for part in (_BLOCKS, _SCALES)
+        )
+        out = torch.empty([b - a for a, b in box], dtype=torch.bfloat16)
         for e, (b, s) in enumerate(zip(blocks, scales, strict=True)):
-            out[e].copy_(dequantise(b, s).t())
+            out[e].copy_(dequantise(b, s).t()[slices(tuple(inside))])
         return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import UserError
 
 __all__ = [
+    "ByExpert",
     "Copy",
     "Fuse",
     "Ignored",
@@ -168,6 +169,20 @@ class Copy(Rule):
     def links(self, names: Names, shapes: Shapes) -> Iterator[Link]:
         name = fill(self.ours, names)
         yield Link(name, whole(shapes[name]), fill(self.theirs, names), None, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByExpert(Copy):
+    """The same stack of experts under another name; steps run on one expert [1, ...] at a time: only one is held
+    twice."""
+
+    def links(self, names: Names, shapes: Shapes) -> Iterator[Link]:
+        name = fill(self.ours, names)
+        E, *rest = shapes[name]
+        theirs = whole(shape_through((1, *rest), self.steps, inverse=True))
+        for e in range(E):
+            box, their_box = (replaced(b, 0, (e, e + 1)) for b in (whole(shapes[name]), theirs))
+            yield Link(name, box, fill(self.theirs, names), their_box, self.steps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..layouts import ATTENTION, EDGES, NORMS
 from ..mxfp4 import Dequantised
 from ..parts import attention_of, balance, balance_coefficient, decoder, heads, num_layers, one, write_decoder
 from ..rope import read_rotary, write_rotary
-from ..rules import Copy, Interleaved, Table, Transpose
+from ..rules import ByExpert, Copy, Interleaved, Table, Transpose
 from ..tensors import Tensors
 
 __all__ = ["FAMILY"]
@@ -134,9 +134,9 @@ TABLE: Table = (
     *ATTENTION,
     Copy("layers.{layer}.mixer.sinks", "model.layers.{layer}.self_attn.sinks"),
     *(Copy(_ROUTER[0] + part, _ROUTER[1] + part) for part in ("weight", "bias")),
-    Copy(_OURS + "gate_up", _THEIRS + "gate_up_proj", steps=(Transpose(), Interleaved(1))),
+    ByExpert(_OURS + "gate_up", _THEIRS + "gate_up_proj", steps=(Transpose(), Interleaved(1))),
     Copy(_OURS + "gate_up_bias", _THEIRS + "gate_up_proj_bias", steps=(Interleaved(1),)),
-    Copy(_OURS + "down", _THEIRS + "down_proj", steps=(Transpose(),)),
+    ByExpert(_OURS + "down", _THEIRS + "down_proj", steps=(Transpose(),)),
     Copy(_OURS + "down_bias", _THEIRS + "down_proj_bias"),
 )
 
