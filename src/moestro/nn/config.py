@@ -116,7 +116,7 @@ class Interpolated(Scaling):
 
 @config
 class Llama3(Scaling):
-    """Llama 3.1's stretching (arXiv 2407.21783): slow rotations by the factor, fast ones not, a ramp over turns between."""
+    """Llama 3.1's stretching (arXiv 2407.21783): slow rotations by the factor, fast ones not, between them a ramp."""
 
     factor: float = 8.0
     """How much slow rotations are stretched."""

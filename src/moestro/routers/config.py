@@ -411,12 +411,12 @@ class Router(AnyRouter):
             raise UserError(f"Router: {type(chooser).__name__} needs probabilities; use activation softmax or sigmoid")
         if isinstance(self.select, SparseMixer) and self.mix is not None:
             raise UserError("Router: SparseMixer looks at logits, which mix does not change; leave one of them out")
-        if isinstance(self.select, SparseMixer) and isinstance(self.weigh, NearBest):
-            if self.select.epsilon != self.weigh.epsilon:
-                raise UserError(
-                    f"Router: epsilon is {self.select.epsilon} in SparseMixer and {self.weigh.epsilon} in NearBest; "
-                    "give both the same"
-                )
+        select, weigh = self.select, self.weigh
+        if isinstance(select, SparseMixer) and isinstance(weigh, NearBest) and select.epsilon != weigh.epsilon:
+            raise UserError(
+                f"Router: epsilon is {select.epsilon} in SparseMixer and {weigh.epsilon} in NearBest; "
+                "give both the same"
+            )
         alone = isinstance(chooser, TopK | Gumbel) and chooser.k == 1
         if alone and isinstance(self.weigh, Renormalised | SoftmaxKept):
             raise UserError(
