@@ -194,7 +194,7 @@ def test_unknown_measurement() -> None:
     status, _, err = command("bench", "trian")
     assert status == 2
     assert "did you mean 'train'" in err
-    assert list(KINDS) == ["layer", "decode", "train", "widths", "seeds"]
+    assert list(KINDS) == ["layer", "experts", "decode", "train", "widths", "seeds"]
 
 
 def test_seeds(trained: Trained, tmp_path: Path) -> None:

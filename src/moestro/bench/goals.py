@@ -38,6 +38,7 @@ _MODELS = {  # on a GPU
     "Qwen3-30B-A3B": "D 2048 F 768 E 128 K 8",
     "Mixtral": "D 4096 F 14336 E 8 K 2",
 }
+_CLASSES = ("Qwen3-MoE", "Mixtral", "GPT-OSS", "Nemotron-H", "Muse Spark")  # experts of transformers
 
 GOALS: tuple[Goal, ...] = (
     Goal("layer", f"forward, T 64 {_SMALL}", "moestro", _GROUPED, at_least=2.5),
@@ -53,6 +54,12 @@ GOALS: tuple[Goal, ...] = (
         for sizes in _MODELS.values()
         for kind in ("forward", "forward + backward")
         for peer, least in (("dense products, width K*F", 0.75), (_GROUPED, 1.1))
+    ),
+    *(
+        Goal("experts", f"{kind}, {name}, T {T} {_SMALL}", "moestro", _GROUPED, at_least=1.0)
+        for name in _CLASSES
+        for kind in ("forward", "forward + backward")
+        for T in (1, 64, 2048)
     ),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro fp32", _GROUPED, at_least=4.0),
     Goal("decode", f"cold decode, 8 layers, {_SMALL}", "moestro fp32", "read once, fp32", at_most=1.35),

@@ -11,6 +11,7 @@ __all__ = ["KINDS", "main"]
 
 KINDS = {
     "layer": "one layer of experts against other implementations, dense layers and a plain loop",
+    "experts": "experts classes of transformers: computed by Moestro and by transformers",
     "decode": "one token at a time: cold layers against reading their weights once, and a whole model",
     "train": "training speed against the dense twin, transformers' experts and transformers' model",
     "widths": "what experts of unequal widths cost",
@@ -20,7 +21,7 @@ KINDS = {
 
 def main(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<8}{what}" for name, what in KINDS.items())
+        lines = "\n".join(f"  {name:<9}{what}" for name, what in KINDS.items())
         print(f"usage: moestro bench KIND [-h] [OPTIONS]\n\nkinds:\n{lines}\n\n  moestro bench KIND --help   options\n")
         return 0
     kind, *rest = args
