@@ -68,11 +68,11 @@ class ModelTensors(DictTensors):
 
 def finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; never makes a copy of more than a few megabytes."""
-    if not tensor.dtype.is_floating_point or tensor.is_meta:
+    if not tensor.dtype.is_floating_point or tensor.is_meta or not tensor.numel():
         return True
     if tensor.dtype.itemsize == 1:
         return not any(bool(part.float().isnan().any()) for part in _parts(tensor))
-    return all(bool(part.isfinite().all()) for part in _parts(tensor))
+    return all(bool(bound.isfinite()) for bound in tensor.aminmax())  # both are NaN where one entry is
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
