@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +11,17 @@ from ..core.signals import Signals
 __all__ = ["Place", "drop", "reseed"]
 
 
-class Place:
+class Place(nn.Module):
     """Where draws belong: the adapter's seed, its path in the model, and a number that callers may advance.
+
+    A module without parameters, because torch.compile takes numbers of modules for constants.
 
     In Moestro's models the seed of the signals differs from step to step. Models of others give no signals: there,
     `reseed(model, step)` before each forward pass makes the draws differ.
     """
 
     def __init__(self, seed: int, path: str) -> None:
+        super().__init__()
         self.base = fold(seed, path)
         self.round = 0
 
@@ -38,20 +38,18 @@ def unit_ids(signals: Signals | None, T: int, device: torch.device) -> Tensor:
     return torch.arange(T, device=device)
 
 
-def drop(x: Tensor, rate: float, seed: Tensor | int, ids: Tensor) -> Tensor:
+def drop(x: Tensor, rate: float, place: Place, signals: Signals | None, name: str, ids: Tensor) -> Tensor:
     """x [R, N] with each entry set to 0 with probability `rate`, the others divided by 1 - rate. ids: [R] int64."""
-    keep = uniform(seed, ids, x.shape[1]) >= rate
-    return x * (keep.to(x.dtype) / (1 - rate))
+    return x * _factors(rate, place, signals, name, ids, x.shape[1]).to(x.dtype)
 
 
-def places(model: nn.Module) -> Iterator[Place]:
-    for module in model.modules():
-        place: Any = getattr(module, "place", None)
-        if isinstance(place, Place):
-            yield place
+@torch.compiler.disable  # where a graph breaks, seeds that differ by layer become symbols, and their hash never ends
+def _factors(rate: float, place: Place, signals: Signals | None, name: str, ids: Tensor, width: int) -> Tensor:
+    return (uniform(place.seed(signals, name), ids, width) >= rate).float() / (1 - rate)
 
 
 def reseed(model: nn.Module, number: int) -> None:
     """Draw other dropout masks from now on: call it with the number of the step (and micro-batch)."""
-    for place in places(model):
-        place.round = number
+    for place in model.modules():
+        if isinstance(place, Place):
+            place.round = number

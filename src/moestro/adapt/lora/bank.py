@@ -175,7 +175,7 @@ class LoRABank(Bank):
             return rows
         ids = unit_ids(signals, index.num_units, rows.device).index_select(0, index.unit.clamp_min(0))
         expert = index.expert + self.num_experts  # another mask for each expert that a unit meets
-        return drop(rows, self.lora.dropout, self.place.seed(signals, name), ids * (2 * self.num_experts) + expert)
+        return drop(rows, self.lora.dropout, self.place, signals, name, ids * (2 * self.num_experts) + expert)
 
     def _refuse_training(self) -> None:
         if self.training and torch.is_grad_enabled():

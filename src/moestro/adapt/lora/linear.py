@@ -33,7 +33,7 @@ class LoRADelta(Delta):
         if self.config.dropout and self.training:
             rows = x.reshape(-1, x.shape[-1])
             ids = unit_ids(signals, rows.shape[0], x.device)
-            x = drop(rows, self.config.dropout, self.place.seed(signals, "x"), ids).view(x.shape)
+            x = drop(rows, self.config.dropout, self.place, signals, "x", ids).view(x.shape)
         return self.scale * low_rank(x, self.a, self.b)
 
     def add(self, weight: Tensor, sign: float = 1.0) -> None:

@@ -80,7 +80,7 @@ class LoRAExperts(Bank):
         if not (self.training and self.dropout):
             return x
         signals = context if isinstance(context, Signals) else None
-        return drop(x, self.dropout, self.place.seed(signals, "x"), ids)
+        return drop(x, self.dropout, self.place, signals, "x", ids)
 
     def cost(self, seq_len: int = 1) -> Cost:
         """Active parameters are those of the experts that a unit meets; FLOPs are what a mixture computes: all."""
