@@ -1,10 +1,25 @@
-"""Moestro inside transformers: importing this registers our experts as `experts_implementation="moestro"`."""
+"""Moestro inside transformers: importing this registers our experts as `experts_implementation="moestro"`, and our
+decoders with the Auto classes and Trainer."""
 
 from __future__ import annotations
 
+from .configuration import MoestroConfig
 from .experts import Explanation, explain, register
+from .model import MoestroForCausalLM
+from .register import register_models
+from .trainer import RouterStepsCallback, router_steps
 from .use import use
 
-__all__ = ["Explanation", "explain", "register", "use"]
+__all__ = [
+    "Explanation",
+    "MoestroConfig",
+    "MoestroForCausalLM",
+    "RouterStepsCallback",
+    "explain",
+    "register",
+    "router_steps",
+    "use",
+]
 
 register()
+register_models()

@@ -1,4 +1,4 @@
-"""The config of a Moestro decoder as transformers knows configs. Named so because `config.py` files load no packages."""
+"""The config of a Moestro decoder as transformers knows configs. (Files called `config.py` load no packages.)"""
 
 from __future__ import annotations
 
