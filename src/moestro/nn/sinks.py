@@ -30,7 +30,7 @@ def attend(
     more = widened(d) - d
     sink = (sinks / scale).to(q.dtype).view(1, H, 1, 1).expand(B, H, S, 1)
     q = torch.cat((q, F.pad(sink, (0, more - 1))), dim=-1)
-    first = F.one_hot(torch.tensor(d, device=k.device), d + more).to(k.dtype)
+    first = F.pad(k.new_ones(1), (d, more - 1))
     k = torch.cat((first.expand(*k.shape[:2], 1, -1), F.pad(k, (0, more))), dim=2)
     v = F.pad(v, (0, more, 1, 0))
     if mask is not None:
