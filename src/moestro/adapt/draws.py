@@ -40,7 +40,7 @@ def unit_ids(signals: Signals | None, T: int, device: torch.device) -> Tensor:
 
 def drop(x: Tensor, rate: float, place: Place, signals: Signals | None, name: str, ids: Tensor) -> Tensor:
     """x [R, N] with each entry set to 0 with probability `rate`, the others divided by 1 - rate. ids: [R] int64."""
-    return x * _factors(rate, place, signals, name, ids, x.shape[1]).to(x.dtype)
+    return x * _factors(rate, place, signals, name, ids, x.shape[1]).to(x.dtype)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable  # where a graph breaks, seeds that differ by layer become symbols, and their hash never ends
