@@ -6,6 +6,7 @@ import ast
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 import typing
@@ -344,7 +345,7 @@ def _texts(kind: type[Any]) -> dict[str, str]:
         with contextlib.suppress(OSError, TypeError):
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
             body = typing.cast(ast.ClassDef, tree.body[0]).body
-            for line, below in zip(body, body[1:]):
+            for line, below in itertools.pairwise(body):
                 if isinstance(line, ast.AnnAssign) and isinstance(below, ast.Expr):
                     name, text = typing.cast(ast.Name, line.target).id, getattr(below.value, "value", None)
                     if isinstance(text, str):

@@ -128,7 +128,7 @@ def digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes in row-major order."""
     value = tensor.detach().cpu().contiguous()
     made = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
-    made.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    made.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return made.hexdigest()
 
 

@@ -99,7 +99,7 @@ def _whole(options: Distil, model: nn.Module, made: nn.Module, paths: Sequence[s
     return f"KL per token in nats: {found[0]:.4g} at the first of {options.steps} steps, {found[-1]:.4g} at the last"
 
 
-def _train(options: Distil, parameters: list[Tensor], loss: Any) -> None:
+def _train(options: Distil, parameters: Sequence[Tensor], loss: Any) -> None:
     optimiser = torch.optim.Adam(parameters, lr=options.lr)
     for step in range(options.steps):
         for group in optimiser.param_groups:

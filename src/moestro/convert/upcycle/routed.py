@@ -83,6 +83,9 @@ def upcycle(
             if layer.invented is not None:
                 names = [n for n in grafts[place.path].tensors if n.startswith("experts.")]
                 invented |= {f"{place.path}.{n}": layer.invented for n in names}
+            for name, tensor in grafts[place.path].tensors.items():
+                if name.endswith("_bias") and not bool(tensor.any()):
+                    invented.setdefault(f"{place.path}.{name}", "zeros: the bias lies elsewhere, or there was none")
             notes += [f"{place.path}: {n}" for n in (*place.notes, *layer.notes, *why)]
         exact = None
         if all(layer.exact for layer in layers):
