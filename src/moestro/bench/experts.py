@@ -137,13 +137,13 @@ def _module(cls: Class, shape: Shape, seed: int) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from ..convert.hf import register
+            from ..convert.hf import register_experts
 
             modeling = importlib.import_module(f"transformers.models.{cls.model}.modeling_{cls.model}")
             configuration = importlib.import_module(f"transformers.models.{cls.model}.configuration_{cls.model}")
             config = getattr(configuration, cls.config)()
             experts = getattr(modeling, cls.experts)
-            register()
+            register_experts()
     except (ImportError, AttributeError) as error:
         raise Absent(f"transformers does not have it ({error})") from None
     for field, value in ((cls.dim, shape.dim), (cls.width, shape.width), (cls.number, shape.experts)):

@@ -4,7 +4,7 @@ decoders with the Auto classes and Trainer."""
 from __future__ import annotations
 
 from .configuration import MoestroConfig
-from .experts import Explanation, explain, register
+from .experts import Explanation, explain, register_experts
 from .model import MoestroForCausalLM
 from .register import register_models
 from .trainer import RouterStepsCallback, router_steps
@@ -16,10 +16,10 @@ __all__ = [
     "MoestroForCausalLM",
     "RouterStepsCallback",
     "explain",
-    "register",
+    "register_experts",
     "router_steps",
     "use",
 ]
 
-register()
+register_experts()
 register_models()

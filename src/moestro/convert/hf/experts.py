@@ -32,7 +32,7 @@ from ...ops.rows import rows as derive_rows
 from .few import few
 from .recognise import Layout, activation_of, decorated, default_gate, layout_of, original_forward
 
-__all__ = ["NAME", "Explanation", "explain", "forward", "register"]
+__all__ = ["NAME", "Explanation", "explain", "forward", "register_experts"]
 
 NAME = "moestro"
 
@@ -53,7 +53,7 @@ class _Choice(NamedTuple):
     activation: str  # ours, for the fused paths
 
 
-def register() -> None:
+def register_experts() -> None:
     """Make "moestro" known to transformers' ExpertsInterface. Registering twice changes nothing."""
     moe.ExpertsInterface.register(NAME, forward)
 
