@@ -13,6 +13,7 @@ import pytest
 
 from moestro.cli.generate import Writer
 from moestro.cli.info import describe
+from moestro.convert.families import find
 from moestro.models.published import published
 from moestro.tasks.tokenizer import Bytes
 from moestro.trace.read import read
@@ -172,6 +173,37 @@ def test_info_of_a_run_its_twin_and_a_published_model(trained: Trained) -> None:
     known = json.loads(command("info", "olmoe-1b-7b", "--json", "--dtype", "bfloat16")[1])
     assert known["active"] == published("olmoe-1b-7b").num_active_params()
     assert (known["bytes"], known["seq_len"]) == (2 * known["parameters"], 4096)
+
+
+def test_info_of_checkpoint_folders_reads_no_tensors(tmp_path: Path) -> None:
+    """Sizes of released models from their config.json alone."""
+    mixtral = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(mixtral))
+    for name in (tmp_path, tmp_path / "config.json"):
+        said = json.loads(command("info", str(name), "--json")[1])
+        assert said["parameters"] == published("mixtral-8x7b").num_params()
+        assert said["active"] == published("mixtral-8x7b").num_active_params()
+    (tmp_path / "config.json").write_text(json.dumps({**mixtral, "model_type": "mixtrol"}))
+    status, _, err = command("info", str(tmp_path))
+    assert status != 0
+    assert "did you mean 'mixtral'" in err
+    switch = {"model_type": "switch_transformers", **find("switch_transformers").examples()["plain"]}
+    (tmp_path / "config.json").write_text(json.dumps(switch))
+    said = json.loads(command("info", str(tmp_path), "--json")[1])
+    assert said["kind"] == "EncoderDecoder"
+    assert said["active"] < said["parameters"]
 
 
 def test_info_table_folds_equal_layers() -> None:

@@ -234,6 +234,15 @@ def test_code_in_a_checkpoint_is_not_run(folder: Path, monkeypatch: pytest.Monke
     assert not (folder.parent / MARK).exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+def test_no_file_from_elsewhere_is_copied(folder: Path, name: str) -> None:
+    (folder.parent / "secret").write_text("{}")
+    (folder / name).symlink_to(folder.parent / "secret")
+    with pytest.raises(UserError, match=f"{name}: leads to .*secret, outside"):
+        convert.stream(folder, folder.parent / "out", to="mixtral")
+    assert not (folder.parent / "out").exists()
+
+
 def test_a_link_into_the_hub_cache_is_followed(folder: Path) -> None:
     home = folder.parent / "models--a--b"
     snapshot, blobs = home / "snapshots" / "abc", home / "blobs"

@@ -7,21 +7,23 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from .find import find
+from ..core.config import Config
+from ..core.errors import UserError
+from ..models.config import Decoder
+from .find import checkpoint, find
 from .override import override
 from .parse import Settings, parse
 from .style import count, print_table, size
 
-if TYPE_CHECKING:
-    from ..models.config import Decoder
-
 __all__ = ["describe", "main"]
 
 BYTES = {"float32": 4, "bfloat16": 2}
+DEFAULT_LENGTH = 512
+"""Sequence length for models that name none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class Options:
     """Parameters, active parameters, FLOPs and bytes of a model, layer by layer, without building it."""
 
     name: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="NAME")]]
-    """A preset or published model (moestro presets lists both), a run folder, or a config.json."""
+    """A preset or published model (moestro presets lists both), the folder of a run or of a checkpoint of a known
+    family (its tensors are not read), or a config.json."""
     seq_len: int | None = None
     """Sequence length that attention is counted at; None = the run's, or a published model's context."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -44,8 +47,7 @@ class Options:
 
 def main(args: Sequence[str]) -> int:
     options = parse(Options, args, verb="info")
-    run = override(find(options.name), options.set)
-    model, seq_len = run.model, options.seq_len or run.seq_len
+    model, seq_len = _model(options)
     if options.twin:
         from ..models.twin import dense_twin
 
@@ -58,7 +60,18 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def describe(model: Decoder, seq_len: int, dtype: Literal["float32", "bfloat16"] = "float32") -> dict[str, Any]:
+def _model(options: Options) -> tuple[Any, int]:
+    """The model's config and the sequence length to count at."""
+    model = checkpoint(options.name)
+    if model is None or isinstance(model, Decoder):
+        run = override(find(options.name), options.set)
+        return run.model, options.seq_len or run.seq_len
+    if options.set or options.twin:
+        raise UserError(f"{options.name}: --set and --twin are for decoders, this is a {type(model).__name__}")
+    return model, options.seq_len or DEFAULT_LENGTH
+
+
+def describe(model: Config, seq_len: int, dtype: Literal["float32", "bfloat16"] = "float32") -> dict[str, Any]:
     """What a model of this config costs, counted on the meta device.
 
     parameters, active (those that one token meets), flops and train_flops (of matrix products, per token in sequences

@@ -13,7 +13,7 @@ from ..core.errors import UserError
 from .header import SafeFile
 from .tensors import Entry
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "FolderTensors", "read_json"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "FolderTensors", "check_inside", "read_json"]
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
@@ -64,8 +64,7 @@ class FolderTensors:
         return f"{self.folder}: holds neither {SINGLE} nor {INDEX}; name a checkpoint's folder"
 
     def _add(self, path: Path) -> None:
-        if path.resolve().parent != self.folder.resolve() and not _in_cache(path, self.folder):
-            raise UserError(f"{path}: leads to {path.resolve()}, outside the checkpoint's folder; copy the file there")
+        check_inside(path, self.folder)
         file = SafeFile(path)
         for name in file.entries():
             if name in self._files:
@@ -97,6 +96,12 @@ class FolderTensors:
 
     def read(self, name: str) -> Tensor:
         return self._files[name].read(name)
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise `UserError` for a link that leads out of a checkpoint's folder."""
+    if path.resolve().parent != folder.resolve() and not _in_cache(path, folder):
+        raise UserError(f"{path}: leads to {path.resolve()}, outside the checkpoint's folder; copy the file there")
 
 
 def _in_cache(path: Path, folder: Path) -> bool:

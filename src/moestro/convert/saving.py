@@ -15,7 +15,7 @@ from .apply import to_theirs
 from .boxes import Box, View, read_box
 from .families import find
 from .family import config_fields
-from .folder import CONFIG
+from .folder import CONFIG, check_inside
 from .loading import Loaded, meta_entries, open_folder
 from .shards import SHARD_BYTES, new_folder, write_json, write_tensors
 from .tensors import Entry, ModelTensors, Tensors
@@ -126,6 +126,7 @@ def _write(
         write_tensors(theirs, new, shard_bytes, folder)
         write_json(new / CONFIG, fields)
         if beside is not None and (beside / _GENERATION).is_file():
+            check_inside(beside / _GENERATION, beside)
             shutil.copyfile(beside / _GENERATION, new / _GENERATION)
         write_tokenizer(new, beside if tokenizer is None else tokenizer, needed=tokenizer is not None)
     return folder

@@ -124,4 +124,4 @@ def _write_file(path: Path, tensors: Tensors, names: Sequence[str], problems: Pr
 def _write_data(file: BinaryIO, tensor: Tensor) -> None:
     flat = tensor.detach().cpu().contiguous().view(-1)
     for block in flat.split(_BLOCK) if flat.numel() else ():
-        file.write(memoryview(block.view(torch.uint8).numpy()))
+        file.write(memoryview(block.view(torch.uint8).numpy()))  # type: ignore[arg-type]
