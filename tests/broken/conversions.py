@@ -1,4 +1,4 @@
-"""Failure 6: conversions that leave weights random, share tensors with their source, or hand out a receipt that lies."""
+"""Failure 6: conversions that leave weights random, share tensors with their source, or lie on the receipt."""
 
 from __future__ import annotations
 

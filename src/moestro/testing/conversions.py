@@ -82,9 +82,7 @@ def _check_storage(old: nn.Module, new: nn.Module) -> None:
     for name, parameter in new.named_parameters(remove_duplicate=False):
         place = parameter.untyped_storage().data_ptr()
         if place in seen and place not in tied and not _tied(old, name, seen[place]):
-            raise AssertionError(
-                f"{name} and {seen[place]} of the new model are one tensor: experts must not be shared"
-            )
+            raise AssertionError(f"{name} and {seen[place]} of the new model are one tensor; copies must be copies")
         seen[place] = name
 
 
@@ -119,9 +117,7 @@ def _check_receipt(
         if receipt.exact is None or receipt.bound is None:
             raise AssertionError("the conversion promises an unchanged output, but its receipt claims nothing")
         if not found <= exact:
-            raise AssertionError(
-                f"the conversion promises a difference of {exact:g}, the outputs differ by {found:.4g}"
-            )
+            raise AssertionError(f"the conversion promises {exact:g}, but the outputs differ by {found:.4g}")
     elif receipt.exact is not None and not found <= max(receipt.bound or 0.0, 1e-6):
         raise AssertionError(f"the receipt lies: it claims {receipt.exact!r}, but the outputs differ by {found:.4g}")
     if dict(receipt.checksums) != checksums(new):
