@@ -114,7 +114,9 @@ def test_sampling_repeats_with_the_seed_and_needs_no_cache() -> None:
         texts.append(made.generate(ids, max_new_tokens=8, do_sample=True, use_cache=use_cache))
     assert torch.equal(texts[0], texts[1])
     assert torch.equal(texts[0], texts[2])
-    assert torch.equal(made.generate(ids, max_new_tokens=8, do_sample=True, top_k=1), made.generate(ids, max_new_tokens=8))
+    assert torch.equal(
+        made.generate(ids, max_new_tokens=8, do_sample=True, top_k=1), made.generate(ids, max_new_tokens=8)
+    )
 
 
 def test_prompt_lookup_crops_the_cache() -> None:
@@ -173,9 +175,7 @@ def test_the_loss_is_transformers_and_routing_joins_it_once() -> None:
     items = (labels[:, 1:] != -100).sum()
     parts = [made(ids[s], labels=labels[s], num_items_in_batch=items) for s in (slice(0, 1), slice(1, 3))]
     share = [3 / 19, 16 / 19]
-    torch.testing.assert_close(
-        sum(p.loss for p in parts), want + sum(w * p.routing_loss for w, p in zip(share, parts))
-    )
+    torch.testing.assert_close(sum(p.loss for p in parts), want + sum(w * p.routing_loss for w, p in zip(share, parts)))
 
 
 def test_without_labels_routing_rides_on_the_logits() -> None:
