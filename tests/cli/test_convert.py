@@ -122,3 +122,15 @@ def test_help_lists_the_options_of_the_method(capsys):
     out = capsys.readouterr().out
     assert "--granularity" in out
     assert "--num-experts" in out
+
+
+def test_a_run_is_a_source(trained, tmp_path, capsys):
+    """The dense twin of a run becomes a MoE; its bytes are its tokens, and it is compared on its own text."""
+    line = [trained.folder / "dense", tmp_path / "moe", "--method", "reinit", "--num-experts", 2, "--text", trained.text]
+    assert moestro(capsys, *line)[0] == 0
+    receipt = receipts.read(tmp_path / "moe")
+    assert receipt.measured.source == "text"
+    assert receipt.measured.bits_before is not None
+    receipts.verify(convert.load(tmp_path / "moe").model, receipt)
+    assert moestro(capsys, trained.folder, tmp_path / "ours")[0] == 0
+    assert convert.load(tmp_path / "ours").model.config.moe is not None
