@@ -51,12 +51,14 @@ def read_latent(fields: Fields, style: str = "interleaved") -> LatentAttention:
     )
 
 
-def write_latent(config: Decoder, style: str = "interleaved") -> dict[str, Any]:
-    """The fields of latent attention that is the same in all layers."""
+def write_latent(config: Decoder, *, any_style: bool = False) -> dict[str, Any]:
+    """The fields of latent attention that is the same in all layers. any_style: with `rope_interleave`."""
     mixer = one([block.mixer for block in config.resolved()], "attention")
     if type(mixer) is not LatentAttention:
         raise UserError(f"mixer: {type(mixer).__name__} has no place in this family; it needs LatentAttention")
+    style = mixer.positions.style if any_style else "interleaved"
     return {
+        **({"rope_interleave": style == "interleaved"} if any_style else {}),
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_heads,
         "q_lora_rank": mixer.q_rank,

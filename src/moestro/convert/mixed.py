@@ -53,6 +53,8 @@ def leading(fields: Fields) -> FeedForward:
 
 def split_layers(config: Decoder) -> tuple[FeedForward | None, MoELayer]:
     """The dense and the routed FFN, each the same wherever it stands; a dense one may be lacking."""
+    if not isinstance(config, Decoder):
+        raise UserError(f"{type(config).__name__} is no Decoder, which this family needs")
     ffns = [block.ffn for block in config.resolved()]
     for ffn in ffns:
         if not isinstance(ffn, FeedForward | MoELayer):

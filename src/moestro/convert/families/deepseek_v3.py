@@ -40,11 +40,9 @@ def read(fields: Fields) -> Decoder:
 
 def write(config: Decoder) -> dict[str, Any]:
     dense, routed = split_layers(config)
-    style = config.resolved()[0].mixer.positions.style  # type: ignore[attr-defined]
     return {
         **write_common(config),
-        **write_latent(config, style),
-        "rope_interleave": style == "interleaved",
+        **write_latent(config, any_style=True),
         "num_nextn_predict_layers": 0,
         **write_first_dense(config),
         **write_routed(routed, dense),
