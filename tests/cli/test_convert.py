@@ -126,7 +126,16 @@ def test_help_lists_the_options_of_the_method(capsys):
 
 def test_a_run_is_a_source(trained, tmp_path, capsys):
     """The dense twin of a run becomes a MoE; its bytes are its tokens, and it is compared on its own text."""
-    line = [trained.folder / "dense", tmp_path / "moe", "--method", "reinit", "--num-experts", 2, "--text", trained.text]
+    line = [
+        trained.folder / "dense",
+        tmp_path / "moe",
+        "--method",
+        "reinit",
+        "--num-experts",
+        2,
+        "--text",
+        trained.text,
+    ]
     assert moestro(capsys, *line)[0] == 0
     receipt = receipts.read(tmp_path / "moe")
     assert receipt.measured.source == "text"

@@ -89,6 +89,8 @@ def test_every_token_meets_every_slice_once_per_copy(dtype, bound, experts, top_
     model = dense(dtype)
     new, receipt = options.build(model, text=TEXT)
     assert receipt.measured.relative <= bound == receipt.bound
+    times = "once" if top_k == granularity else f"{top_k // granularity} times"
+    assert receipt.notes[-1] == f"each of {2 * TEXT.numel()} routed tokens met each slice exactly {times}"
     _, _, trail = new(TEXT)
     for record in trail.values():
         slices = (record.plan.expert % granularity).sort(1).values

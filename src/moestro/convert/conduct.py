@@ -44,12 +44,14 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
 class Claim:
     """What stays as it is. bitwise: also every bit, where the same matrix product computes dense layer and experts.
 
-    dense: path -> the dense layer that each converted one must equal, for that comparison.
+    dense: path -> the dense layer that each converted one must equal, for that comparison. proof: looks at the new
+    model on the samples and says what it found, or raises `ConversionError`.
     """
 
     text: str
     bitwise: bool = False
     dense: Mapping[str, DenseMLP] = dataclasses.field(default_factory=dict)
+    proof: Callable[[nn.Module, Samples], str] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,8 @@ def _check(made: Made, claim: Claim, model: nn.Module, measured: Measured, sampl
             "every bit equal where one matrix product computes dense layers and experts; with the library's own "
             f"products: {measured.relative:.3g}"
         )
+    if claim.proof is not None:
+        notes.append(claim.proof(made.model, samples))
     return bound, notes
 
 

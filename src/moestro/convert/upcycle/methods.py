@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...routers.config import Constant
-from ..conduct import generator
+from ..conduct import generator, watch
 from ..config import Cluster, Copy, GranularSplit, PartialReinit, Taylor
 from ..mlp import DenseMLP, Place
-from ..receipt import Receipt
+from ..receipt import ConversionError, Receipt
 from ..samples import Samples
 from .neurons import importance, kmeans
 from .routed import Inputs, Layer, balanced_weigh, copies_weigh, router_rows, sums_to_one, upcycle
@@ -63,7 +63,23 @@ def granular(options: GranularSplit, model: nn.Module, **given: Any) -> Converte
             exact=sums_to_one(options),
         )
 
-    return upcycle(options, model, make, "each token meets each slice of the dense layer once per copy", **given)
+    def proof(new: nn.Module, paths: Sequence[str], samples: Samples) -> str:
+        """Every token's choices are each slice equally often."""
+        times, met = options.top_k // G, 0
+        want = torch.arange(G).repeat_interleave(times)
+        for batch in samples.batches:
+            for path, seen in watch(new, paths, batch).items():
+                slices = (seen.plan.expert % G).sort(dim=1).values.cpu()
+                wrong = int((slices != want).any(1).sum())
+                if wrong:
+                    raise ConversionError(
+                        f"{path}: {wrong} of {len(slices)} tokens do not meet each slice {times} times"
+                    )
+                met += len(slices)
+        return f"each of {met} routed tokens met each slice exactly {'once' if times == 1 else f'{times} times'}"
+
+    claim = "each token meets each slice of the dense layer once per copy"
+    return upcycle(options, model, make, claim, proof=proof, **given)
 
 
 def reinit(options: PartialReinit, model: nn.Module, **given: Any) -> Converted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Layer:
 
 
 Inputs = Callable[[str], Tensor]
+Proof = Callable[[nn.Module, Sequence[str], Samples], str]
 
 
 def upcycle(
@@ -47,6 +49,7 @@ def upcycle(
     claim: str,
     *,
     prepare: Callable[[Sequence[Place], Samples], None] | None = None,
+    proof: Proof | None = None,
     text: Any = None,
     num_bytes: int | None = None,
     sources: Sequence[str] = (),
@@ -54,6 +57,7 @@ def upcycle(
     """Dense layers into routed ones by `make(place, experts, inputs)`; inputs(path) is what the layer sees, [T, D].
 
     claim: what is unchanged if every layer says that it is exact. prepare: called once with all places.
+    proof: looks at the new model's layers for what the claim says, beyond its output.
     """
     places = choose(find(model), options.layers, "dense feed-forward layer that is understood")
     counts = options.counts(len(places))
@@ -91,13 +95,18 @@ def upcycle(
         if all(layer.exact for layer in layers):
             alone = options.top_k == 1 and all(w.weigh == Constant(value=1.0) for w in layers)
             bits = alone and all(layer.shared is None for layer in layers)
-            exact = Claim(claim, bitwise=bits, dense={p.path: p.mlp for p in places})
+            seen = None if proof is None else partial(_prove, proof, [p.path for p in places])
+            exact = Claim(claim, bitwise=bits, dense={p.path: p.mlp for p in places}, proof=seen)
         if options.top_k == 1 and layers[0].weigh == Constant(value=1.0):
             notes.append("the weight of the chosen expert is always 1: routers learn from their losses only")
         paths = [p.path for p in places]
         return Made(model=graft(model, grafts), paths=paths, claim=exact, invented=invented, notes=notes)
 
     return conduct(options, model, build, text=text, num_bytes=num_bytes, sources=sources)
+
+
+def _prove(proof: Proof, paths: Sequence[str], model: nn.Module, samples: Samples) -> str:
+    return proof(model, paths, samples)
 
 
 def assemble(options: Upcycle, layer: Layer) -> tuple[Graft, list[str]]:
