@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from convert.hf_models import V, decoder, model, tokens
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import moestro
+from convert.hf_models import V, decoder, model, tokens
 from moestro import convert
 from moestro.convert.hf import MoestroConfig, MoestroForCausalLM
 from moestro.core.errors import RecomputationError, UserError

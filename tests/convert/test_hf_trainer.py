@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from convert.hf_models import V, decoder, model, tokens, without_loss
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import moestro
+from convert.hf_models import V, decoder, model, tokens, without_loss
 from moestro.convert.hf import RouterStepsCallback, router_steps
 from moestro.core.errors import UserError
 from moestro.moe.config import MoELayer

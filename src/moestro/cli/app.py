@@ -13,6 +13,7 @@ __all__ = ["VERBS", "run"]
 VERBS = {
     "train": "train a sparse model and its dense twin, end with a table and a report",
     "generate": "continue a text with a trained run",
+    "serve": "serve a run or a model folder with transformers' server",
     "inspect": "run a trained run over any text, write its routing trace and a report",
     "convert": "checkpoints into other formats, dense models into MoE and back, with a receipt",
     "info": "parameters, active parameters, FLOPs and bytes of a preset, a published shape or a run",

@@ -54,7 +54,7 @@ def from_run(folder: str | Path, *, state: Literal["best", "last"] = "best") -> 
 
 
 def write_run(run: str | Path, folder: str | Path) -> Path:
-    """Write a run as a folder that `AutoModelForCausalLM` and `AutoTokenizer` load after `import moestro.convert.hf`."""
+    """Write a run as a folder that the Auto classes of transformers load after `import moestro.convert.hf`."""
     model, tokenizer = from_run(run)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

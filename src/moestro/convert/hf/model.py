@@ -231,7 +231,7 @@ class MoestroForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As transformers does it, but a tensor that is missing, left over or of another shape is a `UserError`."""
         told = kwargs.pop("output_loading_info", False)
-        made, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        made, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         wrong = {
             "lacks": sorted(info["missing_keys"]),
             "has besides": sorted(info["unexpected_keys"]),

@@ -25,4 +25,4 @@ def register_models() -> None:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoestroConfig.model_type] = name
     setattr(transformers, name, MoestroForCausalLM)
     if RouterStepsCallback not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(RouterStepsCallback)
+        DEFAULT_CALLBACKS.append(RouterStepsCallback)  # type: ignore[arg-type]
