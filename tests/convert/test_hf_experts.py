@@ -303,6 +303,15 @@ def test_weights_are_not_copied(name: str) -> None:
             module(x, expert, weight)
 
 
+@pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts"])
+def test_compiles_in_one_graph(name: str) -> None:
+    module = build(name)
+    x, expert, weight, _ = problem(20, torch.float32)
+    torch._dynamo.reset()
+    made = torch.compile(module, backend="eager", fullgraph=True)
+    assert_close("compiled", made(x, expert, weight), module(x, expert, weight), 1e-5)
+
+
 # Whole models -------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ It is given a decorated experts module of whatever class and chooses, at every c
     fused rows   the same on sorted rows, then the module's own norm, then combine
     grouped      our grouped products with the module's own gate, biases and norm between them; transposed stacks are
                  read as they lie
-    grouped_mm   transformers' grouped products: for parameters that are spread over devices
+    grouped_mm   transformers' grouped products: for parameters that are spread over devices, and under torch.compile
     eager        the forward that the class was written with: for everything else
 
 Few choices without a gradient are never sorted. No path copies weights.
@@ -72,6 +72,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     hidden_states. Ids from `self.num_experts` on (experts of other ranks) add nothing and their weights get gradients
     of zero.
     """
+    if torch.compiler.is_compiling():  # our choice looks at objects that a tracer does not see as they are
+        return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     choice = _choose(self)
     layout = choice.layout
     if choice.path == "eager" or hidden_states.ndim != 2 or top_k_index.ndim != 2:
@@ -143,15 +145,14 @@ def _grouped(
 
 def _rows(module: Any, expert: Tensor, weight: Tensor, x: Tensor) -> Rows:
     """Where looking at the choices is free, foreign ids are found; elsewhere the module says whether there are any."""
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    complete = not (looks or module._is_expert_parallel)
+    complete = x.device.type != "cpu" and not module._is_expert_parallel
     plan = Plan(expert=expert, weight=weight, num_experts=module.num_experts, complete=complete)
     return derive_rows(plan)
 
 
 def _few(module: nn.Module, expert: Tensor, *tensors: Tensor) -> bool:
     """Whether there are so few choices, and no gradient, that looking at each of them is the shortest way."""
-    if expert.numel() > FEW or expert.device.type != "cpu" or torch.compiler.is_compiling():
+    if expert.numel() > FEW or expert.device.type != "cpu":
         return False
     return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *module.parameters()))
 
@@ -195,7 +196,7 @@ def _unreadable(module: Any, layout: Layout) -> tuple[Path, str] | None:
             return "eager", f"it has no {name}"
         if isinstance(p, DTensor):
             return "grouped_mm", f"{name} is spread over devices"
-        if type(p) is not Tensor and type(p) is not nn.Parameter and not torch.compiler.is_compiling():
+        if type(p) is not Tensor and type(p) is not nn.Parameter:
             return "eager", f"{name} is a {type(p).__name__}"
         if not p.is_floating_point() or p.element_size() < 2:
             return "eager", f"{name} holds {str(p.dtype).removeprefix('torch.')}"
