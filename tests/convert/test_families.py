@@ -110,6 +110,19 @@ def test_there_and_back(tmp_path: Path, family: str, example: str) -> None:
     assert_same_bits(convert.load(tmp_path / "streamed").model.state_dict(), loaded.model.state_dict())
 
 
+@pytest.mark.parametrize(("family", "example"), CAUSAL)
+def test_through_our_own_folder(tmp_path: Path, family: str, example: str) -> None:
+    """Disk to disk, their layout to ours and back: the same bits, and the function's fields with them."""
+    made(tmp_path / "theirs", family, example)
+    convert.stream(tmp_path / "theirs", tmp_path / "own", to="moestro", shard_bytes=20_000)
+    convert.stream(tmp_path / "own", tmp_path / "back", to=family)
+    assert_same_bits(tensors_in(tmp_path / "back"), tensors_in(tmp_path / "theirs"))
+    there, back = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        assert back[name] == there[name]
+    assert convert.read_config(tmp_path / "own") == convert.read_config(tmp_path / "theirs")
+
+
 ALONE = """
 import sys
 sys.modules["moestro"] = None  # importing it raises

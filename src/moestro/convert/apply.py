@@ -83,7 +83,7 @@ def _their_shapes(links: Iterable[Link]) -> dict[str, tuple[int, ...]]:
 
 
 def to_ours(source: Tensors, table: Table, ours: Mapping[str, Entry], where: object) -> View:
-    """Our tensors as a view of theirs. Invented ones are not in it.
+    """Our tensors as a view of theirs, invented ones with the value that their rule gives.
 
     Raises one `UserError` that lists tensors that are missing, left over, of another shape, or of mixed dtypes.
     """
@@ -114,7 +114,9 @@ def to_ours(source: Tensors, table: Table, ours: Mapping[str, Entry], where: obj
             Piece(link.ours_box, link.theirs, link.theirs_box, link.steps, add=link.squeeze) for link in links
         ]
     problems.raise_if_any(where, "The tensors must be those that config.json describes; get the checkpoint again")
-    return View(source, entries, pieces)
+    constants = {name: rule.value for name, rule in bound.invented.items()}
+    entries |= {name: ours[name] for name in constants}
+    return View(source, entries, pieces, constants)
 
 
 def _same(source: Tensors, name: str, other: str) -> bool:

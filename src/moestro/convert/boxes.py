@@ -52,16 +52,24 @@ def moved(box: Box, origin: Sequence[int], to: Sequence[int]) -> Box:
 
 
 class View:
-    """Tensors put together from pieces of a source. `pieces` tile each target without overlapping.
+    """Tensors put together from pieces of a source. `pieces` tile each target without overlapping; `constants` are
+    targets that have one value everywhere and no source.
 
     Reading holds the tensor that is returned and, where a piece has steps, that piece; whole unchanged tensors are
     handed through without a copy.
     """
 
-    def __init__(self, source: Tensors, entries: Mapping[str, Entry], pieces: Mapping[str, Sequence[Piece]]) -> None:
+    def __init__(
+        self,
+        source: Tensors,
+        entries: Mapping[str, Entry],
+        pieces: Mapping[str, Sequence[Piece]],
+        constants: Mapping[str, float] | None = None,
+    ) -> None:
         self._source = source
         self._entries = dict(entries)
         self._pieces = pieces
+        self._constants = constants or {}
         self._known = source.entries()
         self._last: tuple[Piece, Tensor] | None = None  # boxes of a changed piece are asked for one after the other
 
@@ -73,6 +81,8 @@ class View:
 
     def read_box(self, name: str, box: Box) -> Tensor:
         shape, dtype = tuple(b - a for a, b in box), self._entries[name].dtype
+        if name in self._constants:
+            return torch.full(shape, self._constants[name], dtype=dtype)
         found = [(piece, both) for piece in self._pieces[name] if (both := overlap(piece.into, box)) is not None]
         if not shape:
             return self._value(self._pieces[name][0], box)
@@ -85,6 +95,9 @@ class View:
 
     def read_into(self, name: str, out: Tensor, problems: Problems | None = None) -> None:
         """Copy a tensor into `out`, piece by piece; problems: where to note that it is not finite."""
+        if name in self._constants:
+            out.fill_(self._constants[name])
+            return
         fine = True
         for piece in self._pieces[name]:
             part = self._value(piece, piece.into)

@@ -67,6 +67,7 @@ _TRAINING = {
     "exchange",
     "rate",
 }
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # absent, a family's defaults would be taken for them
 _BY_BLOCK = ("attention", "ffn", "moe", "layout", "num_experts", "residual_scale", "cross", "source_dim")
 
 
@@ -128,8 +129,9 @@ def _show(value: Any) -> str:
 def config_fields(family: Family, config: Config, source: Mapping[str, Any] | None) -> dict[str, Any]:
     """The config.json of a model of ours in this family.
 
-    source: the config.json that the model came from; what it says beside the function stays, and all of it where the
-    function is unchanged. Raises `UserError` that names a field of ours which the family cannot express.
+    source: the config.json that the model came from, of this family or another; its special tokens stay, what it says
+    beside the function where it is of this family, and all of it where the function is unchanged too. Raises
+    `UserError` that names a field of ours which the family cannot express.
     """
     kept = dict(source or {}) if source and source.get("model_type") == family.model_type else {}
     for name in ("auto_map", "quantization_config", "torch_dtype"):
@@ -144,8 +146,9 @@ def config_fields(family: Family, config: Config, source: Mapping[str, Any] | No
             pass
         for name in LEGACY:
             kept.pop(name, None)
+    ids = {name: (source or {}).get(name) for name in _IDS} if family.architecture.endswith("ForCausalLM") else {}
     try:
-        fields = kept | head | family.write(config)
+        fields = ids | kept | head | family.write(config)
         back = canonical(read_fields(family, fields, family.model_type))
     except UserError as error:
         raise UserError(f"the model cannot be written as {family.model_type}: {error}") from None

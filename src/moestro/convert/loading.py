@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.config import Config
 from ..core.errors import UserError
 from ..ops.pages import large_pages
-from .apply import Bound, bind, to_ours
+from .apply import to_ours
 from .boxes import View
 from .families import find
 from .family import Family, read_fields
@@ -89,11 +89,11 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     view = opened.ours()
     entries = view.entries()
     _, model = meta_entries(opened.config)
-    bound = bind(opened.family.table, {name: tuple(t.shape) for name, t in model.state_dict().items()})
     _shape(model, entries, dtype)
     model.to_empty(device=device)
     problems = Problems()
-    _fill(model, view, bound, problems)
+    for name, tensor in ModelTensors(model).items():
+        view.read_into(name, large_pages(tensor, fresh=True), problems)
     problems.raise_if_any(opened.folder, "A model with such weights computes nothing; get the checkpoint again")
     return Loaded(model.eval(), opened.config, opened.family, opened.source, opened.folder)
 
@@ -110,13 +110,3 @@ def _shape(model: nn.Module, entries: Mapping[str, Entry], dtype: torch.dtype | 
                 kind = dtype
             empty = torch.empty(parameter.shape, dtype=kind, device="meta")
             module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
-def _fill(model: nn.Module, view: View, bound: Bound, problems: Problems) -> None:
-    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    known = view.entries()
-    for name, tensor in tensors.items():
-        if name in known:
-            view.read_into(name, large_pages(tensor.detach(), fresh=True), problems)
-        elif name in bound.invented:
-            tensor.fill_(bound.invented[name].value)

@@ -283,7 +283,7 @@ class Ignored(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Invented(Rule):
-    """Ours without a source: it keeps its initial value. Exporting it loses it, so the value must be `value` there."""
+    """Ours without a source: it is `value` everywhere. Exporting loses it, so it must still be `value` then."""
 
     ours: str
     why: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -51,6 +51,9 @@ class DictTensors:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def items(self) -> ItemsView[str, Tensor]:
+        return self._tensors.items()
 
 
 class ModelTensors(DictTensors):
