@@ -171,6 +171,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another width": (lambda f: config(f, hidden_size=32), "of another shape"),
     "another type of value": (lambda f: config(f, num_hidden_layers="2"), "num_hidden_layers: expected int, found '2'"),
     "absurd depth": (lambda f: config(f, num_hidden_layers=10**9), "num_hidden_layers: 1000000000 does not lie"),
+    "absurd width": (lambda f: config(f, hidden_size=4 * 10**16), "no model can be built|another shape"),
+    "absurd experts": (lambda f: config(f, num_local_experts=10**9), "1000000000 experts are more than"),
+    "absurd number": (lambda f: config(f, vocab_size=10**30), "no model can be built"),
+    "odd heads": (lambda f: config(f, num_attention_heads=5), "no multiple"),
     "negative size": (lambda f: config(f, vocab_size=-1), "vocab_size must be at least 1"),
     "unknown activation": (lambda f: config(f, hidden_act="mish"), "hidden_act: 'mish' cannot be expressed"),
     "unknown rope": (lambda f: config(f, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type: 'dyn"),
@@ -289,6 +293,23 @@ def test_an_export_refuses_what_the_family_cannot_express(tmp_path: Path, name: 
     assert list(tmp_path.iterdir()) == []
     convert.save(model.build(), tmp_path / "own", to="moestro")  # which holds any model
     assert convert.load(tmp_path / "own").config == model
+
+
+def test_between_families(tmp_path: Path, folder: Path) -> None:
+    dense = OURS.replace(moe=None, attention=Attention(num_heads=4, num_kv_heads=2)).build()
+    convert.save(dense, tmp_path / "llama", to="llama")
+    convert.stream(tmp_path / "llama", tmp_path / "mistral", to="mistral", dtype=torch.bfloat16)
+    there, here = load_file(tmp_path / "llama" / SINGLE), load_file(tmp_path / "mistral" / SINGLE)
+    assert there.keys() == here.keys()
+    for name, tensor in there.items():
+        assert torch.equal(here[name], tensor.bfloat16())
+    assert json.loads((tmp_path / "mistral" / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="cannot be written as llama: ffn: MoELayer has no place in this family"):
+        convert.stream(folder, tmp_path / "dense", to="llama")
+    with pytest.raises(UserError, match=r"cannot be written as qwen3_moe, which does not express its .*qk_norm"):
+        convert.stream(folder, tmp_path / "qwen", to="qwen3_moe")
+    with pytest.raises(UserError, match="unknown model_type 'mixtrall' .did you mean 'mixtral'"):
+        convert.stream(folder, tmp_path / "typo", to="mixtrall")
 
 
 def test_what_an_export_writes_it_writes_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

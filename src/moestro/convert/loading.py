@@ -72,9 +72,18 @@ def open_folder(folder: str | Path, name: str = CONFIG) -> Opened:
 
 
 def meta_entries(config: Config) -> tuple[dict[str, Entry], nn.Module]:
-    """Names, shapes and dtypes of a config's tensors, and the model on the meta device."""
-    with torch.device("meta"):
-        model = config.build()
+    """Names, shapes and dtypes of a config's tensors, and the model on the meta device.
+
+    Raises `UserError` for a config of which no model can be built.
+    """
+    try:
+        with torch.device("meta"):
+            model = config.build()
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:  # sizes that torch cannot count
+        why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"config: no model can be built of its sizes ({why}); check the numbers") from None
     return dict(ModelTensors(model).entries()), model
 
 

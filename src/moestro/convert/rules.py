@@ -35,6 +35,7 @@ __all__ = [
     "Transpose",
 ]
 
+_MOST_EXPERTS = 100_000
 Box = tuple[tuple[int, int], ...]
 """(start, stop) along every axis."""
 
@@ -262,6 +263,8 @@ class StackFuse(Rule):
     def links(self, names: Names, shapes: Shapes) -> Iterator[Link]:
         name = fill(self.ours, names)
         box = whole(shapes[name])
+        if shapes[name][0] > _MOST_EXPERTS:
+            raise UserError(f"{name}: {shapes[name][0]} experts are more than {_MOST_EXPERTS}; check the config")
         for e in range(shapes[name][0]):
             one = replaced(box, 0, (e, e + 1))
             for theirs, part in zip(self.theirs, cut(one, self.axis + 1, self.sizes or (1,) * len(self.theirs), name)):

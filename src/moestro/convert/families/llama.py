@@ -58,7 +58,7 @@ def examples() -> dict[str, dict[str, Any]]:
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
+        "original_max_position_embeddings": 64,
     }
     return {
         "plain": {**base, "hidden_act": "gelu_pytorch_tanh"},
