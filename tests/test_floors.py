@@ -24,11 +24,11 @@ FLOORS = {
     **dict.fromkeys(("adapt", "report"), 7),
     "tasks": 8,
     **dict.fromkeys(("train", "hardware"), 9),
-    **dict.fromkeys(("papers", "bench", "demo"), 10),
+    **dict.fromkeys(("papers", "bench"), 10),
     "cli": 11,
     "testing": 12,
 }
-ONLY_FOR = {"bench": {"cli"}, "demo": {"cli"}, "testing": set(), "cli": {"__main__"}}
+ONLY_FOR = {"bench": {"cli"}, "testing": set(), "cli": {"__main__"}}
 HEAVY = {"torch", "matplotlib", "transformers", "rich", "tyro", "tokenizers", "triton"}
 
 

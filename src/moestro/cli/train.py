@@ -44,6 +44,13 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class First(Place):
+    """`Place`, and what of the run itself decides about other options."""
+
+    start: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(Place):
     """Train a sparse model and its dense twin of equal active FLOPs per token; end with a table and a report.
 
@@ -100,6 +107,8 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
         base = find(name) if (place.out / "config.json").is_file() else find(DEFAULT)
     else:
         base = find(name)
+    if place.start and not place.resume:
+        base = _started(base, place.start)
     base = override(base, place.set)
     if place.data is not None:
         about = base.data
@@ -119,12 +128,20 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
     return name if name in PRESETS else "run", config, options
 
 
-def _place(args: Sequence[str]) -> Place:
+def _started(base: TrainRun, folder: str) -> TrainRun:
+    """The run on the model of a folder: with its tokenizer, at most its context, and no twin."""
+    model = find(folder).model
+    tokenizer = Path(folder) / "tokenizer.json"
+    data = base.data.replace(tokenizer=str(tokenizer)) if tokenizer.is_file() else base.data
+    return base.replace(model=model, start=folder, twin=False, data=data, seq_len=min(base.seq_len, model.context))
+
+
+def _place(args: Sequence[str]) -> First:
     """Its options, whatever else there is. What is wrong with them is said when all options are read."""
     given = [a for a in args if a not in ("-h", "--help")]
     with contextlib.redirect_stderr(None), contextlib.suppress(SystemExit):
-        return tyro.cli(Place, args=given, return_unknown_args=True)[0]
-    return Place()
+        return tyro.cli(First, args=given, return_unknown_args=True)[0]
+    return First()
 
 
 def _show(stream: TextIO, result: Result) -> None:

@@ -18,6 +18,9 @@ class TrainRun(Config):
 
     model: Decoder = Decoder()
     """The model. Its vocabulary is taken from the tokenizer, its seed from the run."""
+    start: str = ""
+    """Folder of the weights to begin with: a run, or a checkpoint folder (transformers' or ours); empty = drawn from the
+    seed. The model is that of the folder, its vocabulary too, and there is no twin."""
     twin: bool = True
     """Train the dense twin of equal active FLOPs per token beside it, for comparison."""
     data: Corpus = StandardLibrary()
@@ -66,6 +69,10 @@ class TrainRun(Config):
     def __post_init__(self) -> None:
         self.at_least(1, "steps", "batch_size", "seq_len", "eval_windows", "starved_after")
         self.at_least(0, "micro_batch", "eval_every", "save_every", "threads")
+        if self.start and self.twin:
+            raise UserError(
+                "TrainRun.start: weights are given for the model but not for its dense twin; set twin=False"
+            )
         if self.seq_len > self.model.context:
             raise UserError(
                 f"TrainRun.seq_len {self.seq_len} is longer than the model's context {self.model.context}; "

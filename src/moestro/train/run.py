@@ -32,6 +32,7 @@ from .layout import Layout, claim, is_run
 from .observe import Observer, Several
 from .ranks import Ranks, joined
 from .save import Store, read_state
+from .start import start
 from .stop import Stop, listening
 
 __all__ = ["Result", "run"]
@@ -102,7 +103,7 @@ class _Run:
         recorded = _recorded(layout.root) if resume and layout.manifest.is_file() else None
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
         self.tokenizer, self.corpus = self._text(config, recorded)
-        model = config.model.replace(vocab_size=self.tokenizer.vocab_size, seed=config.seed)
+        model = config.model.replace(vocab_size=_vocabulary(config, self.tokenizer), seed=config.seed)
         self.config = config.replace(model=model)
         if recorded is not None:
             found = settings.check(recorded, self.config, manifests.read(layout.root).step)
@@ -172,6 +173,8 @@ class _Run:
         saved = read_state(layout.root, manifests.read(layout.root))
         if saved is not None:
             arm.restore(saved, layout.states)
+        elif config.start:
+            start(arm.model, config.start)
         return arm
 
     def _recorder(self, config: TrainRun, store: Store, labels: Labels) -> Recorder:
@@ -253,6 +256,18 @@ class _Run:
 
 def _recorded(root: Path) -> TrainRun:
     return TrainRun.from_dict(read_json(root / "config.json"), where=str(root / "config.json"))
+
+
+def _vocabulary(config: TrainRun, tokenizer: Tokenizer) -> int:
+    """The tokenizer's, or that of the weights to begin with, which may have more places than it uses."""
+    if not config.start:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"start: the tokenizer has {tokenizer.vocab_size} ids, the model of {config.start} embeds "
+            f"{config.model.vocab_size}; train with the tokenizer of that model"
+        )
+    return config.model.vocab_size
 
 
 def _default(name: str) -> Path:
