@@ -19,8 +19,8 @@ class TrainRun(Config):
     model: Decoder = Decoder()
     """The model. Its vocabulary is taken from the tokenizer, its seed from the run."""
     start: str = ""
-    """Folder of the weights to begin with: a run, or a checkpoint folder (transformers' or ours); empty = drawn from the
-    seed. The model is that of the folder, its vocabulary too, and there is no twin."""
+    """Folder of the weights to begin with: a run, or a checkpoint folder (transformers' or ours); empty = none, weights
+    are drawn. The model is that of the folder, its vocabulary too, and there is no twin."""
     twin: bool = True
     """Train the dense twin of equal active FLOPs per token beside it, for comparison."""
     data: Corpus = StandardLibrary()
