@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.plan import AnyPlan, Plan
+from ..core.signals import Signals
 from ..experts.config import Gated
 from ..moe.layer import MoELayer
 
@@ -39,7 +40,7 @@ class TransformersLayer(MoELayer):
             raise Absent("layers with a shared expert are not compared")
         self._call = torch.compile(self.experts) if compiled else self.experts
 
-    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None) -> Tensor:
+    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None, signals: Signals | None = None) -> Tensor:
         if not isinstance(plan, Plan) or not plan.complete:
             raise Absent("it knows neither dropped, virtual nor absent choices, nor experts that choose")
         return self._call(units, plan.expert, plan.weight.to(units.dtype))

@@ -18,6 +18,7 @@ VERBS = {
     "convert": "checkpoints into other formats, dense models into MoE and back, with a receipt",
     "info": "parameters, active parameters, FLOPs and bytes of a preset, a published shape or a run",
     "presets": "list what `train` and `info` know by name",
+    "demo": "a whole story from beginning to end: upcycling a dense model",
     "bench": "measure layers, decoding and training against other implementations",
 }
 

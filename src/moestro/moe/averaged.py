@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core.plan import AnyPlan
+from ..core.signals import Signals
 from .layer import MoELayer
 from .units import all_to_one, masked
 
@@ -19,8 +20,8 @@ class AveragedExperts(MoELayer):
     Source: 48, Experts Weights Averaging (arXiv 2308.06093), random uniform partition and the averaged model.
     """
 
-    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None) -> Tensor:
+    def run(self, units: Tensor, plan: AnyPlan, valid: Tensor | None = None, signals: Signals | None = None) -> Tensor:
         if self.training:
-            return super().run(units, plan, valid)
+            return super().run(units, plan, valid, signals)
         mean = {name: p.mean(0, keepdim=True) for name, p in self.experts.named_parameters(recurse=False)}
         return masked(self.experts(units, all_to_one(units.shape[0], units.device), weights=mean), valid)

@@ -78,8 +78,7 @@ class MoELayer(Routed):
         units, lead = flatten(x, self.config.unit_axes, "MoELayer")
         units = masked(units, signals.valid)
         plan, carry = self.plan(units, signals, carry, router_input)
-        told = {"signals": signals} if _asks(self.experts) or _asks(self.shared) else {}
-        y = self.run(units, plan, signals.valid, **told)
+        y = self.run(units, plan, signals.valid, signals)
         trail = note(plan, self.losses, signals, self.training, "MoELayer")
         return y.reshape(*lead, *y.shape[1:]), carry, trail
 
@@ -135,11 +134,7 @@ def route(router: Any, seen: Tensor, signals: Signals, carry: Carry, exchange: A
 
 
 def _told(bank: Any, signals: Signals | None, name: str) -> Signals | None:
-    return signals.at(name) if signals is not None and _asks(bank) else None
-
-
-def _asks(bank: Any) -> bool:
-    return getattr(bank, "takes_signals", False)
+    return signals.at(name) if signals is not None and getattr(bank, "takes_signals", False) else None
 
 
 def _add_copies(y: Tensor, units: Tensor, plan: AnyPlan) -> Tensor:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..style import CSS
-from .draw import GRID, INK, MUTED, PAPER, canvas, clip, panels
+from .draw import clip, panels
+from .file import SeveralForms, light, picture_file
 
 __all__ = ["Bar", "Panel", "draw_bars"]
 
@@ -37,29 +35,17 @@ class Panel:
     bars: Sequence[Bar]
 
 
-def draw_bars(content: Sequence[Panel], title: str, columns: int = 2) -> dict[str, bytes]:
+def draw_bars(content: Sequence[Panel], title: str, columns: int = 2) -> SeveralForms:
     """{"svg": ..., "png": ...}: horizontal bars with their figures; where they are far apart, on a logarithmic axis."""
-    import matplotlib
-
-    theme = _light()
-    place = {GRID: theme["grid"], INK: theme["ink"], MUTED: theme["muted"], PAPER: theme["paper"]}
+    theme = light()
     colour = {"ours": theme["s0"], "floor": theme["s2"], "bar": theme["s4"], "other": theme["s6"]}
     columns = min(columns, len(content))
     rows = [content[i : i + columns] for i in range(0, len(content), columns)]
     heights = [0.75 + 0.21 * max(len(p.bars) for p in row) for row in rows]
-    made = {}
-    with canvas(6.2 * columns, sum(heights) + 0.35) as figure:
-        look: Any = {k: place[v] for k, v in matplotlib.rcParams.items() if isinstance(v, str) and v in place}
-        with matplotlib.rc_context(look):
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=theme["ink"])
-            grid = panels(figure, len(content), columns, gridspec_kw={"height_ratios": heights})
-            for axes, panel in zip(grid, content):
-                _panel(axes, panel, colour, theme["ink"])
-            for form in ("svg", "png"):
-                buffer = io.BytesIO()
-                options: Any = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 160}
-                figure.savefig(buffer, format=form, facecolor=theme["paper"], **options)
-                made[form] = buffer.getvalue()
+    with picture_file(6.2 * columns, sum(heights) + 0.35, title) as (figure, made):
+        grid = panels(figure, len(content), columns, gridspec_kw={"height_ratios": heights})
+        for axes, panel in zip(grid, content):
+            _panel(axes, panel, colour, theme["ink"])
     return made
 
 
@@ -88,8 +74,3 @@ def _panel(axes: Any, panel: Panel, colour: dict[str, str], ink: str) -> None:
     title = clip(panel.title, 80)
     axes.set_title(title, fontsize=9 if len(title) < 48 else 7.5)
     axes.set_xlabel(panel.unit)
-
-
-def _light() -> dict[str, str]:
-    """The colours of the page's light theme by name."""
-    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]+);", CSS.partition("@media")[0]))
