@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import transformers
+import sys
+
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.processing_utils import transformers_module  # importing it replaces the package in sys.modules
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from .configuration import MoestroConfig
@@ -23,6 +25,7 @@ def register_models() -> None:
     # Trainer's label smoothing shifts the labels of models that are listed here by name, and of no others; the server
     # looks for the class that config.json names among transformers' own attributes.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoestroConfig.model_type] = name
-    setattr(transformers, name, MoestroForCausalLM)
+    for package in (transformers_module, sys.modules["transformers"]):
+        setattr(package, name, MoestroForCausalLM)
     if RouterStepsCallback not in DEFAULT_CALLBACKS:
         DEFAULT_CALLBACKS.append(RouterStepsCallback)  # type: ignore[arg-type]
