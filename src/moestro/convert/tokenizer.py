@@ -30,13 +30,14 @@ FILES = (
 """Names of files that make a tokenizer; none of them is code."""
 
 
-def write_tokenizer(folder: Path, source: str | Path | None, *, needed: bool = True) -> list[str]:
+def write_tokenizer(folder: str | Path, source: str | Path | None, *, needed: bool = True) -> list[str]:
     """Put a tokenizer's files into `folder`: those of the folder `source`, or of bytes. Returns their names.
 
     source "bytes" stands for the library's tokenizer of bytes. Raises `UserError` where `needed` and there are none.
     """
     if source is None:
         return []
+    folder = Path(folder)
     if source == BYTES:
         made = byte_files()
         for name, content in made.items():

@@ -47,7 +47,7 @@ def _groups(segment: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     found = torch.unique(segment if valid is None else segment[valid])
     if not found.numel():
         found = segment.new_zeros(1)
-    of = torch.searchsorted(found, segment).clamp_max(found.shape[0] - 1)
+    of = torch.searchsorted(found, segment.contiguous()).clamp_max(found.shape[0] - 1)
     counted = torch.ones_like(of) if valid is None else valid.to(torch.int64)
     return of, torch.zeros_like(found).scatter_add_(0, of, counted)
 
