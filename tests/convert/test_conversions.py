@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moestro.convert.config import METHODS, Upcycle, examples
+from moestro.convert.config import METHODS, Specialists, Upcycle
+from moestro.convert.examples import examples
+from moestro.models.config import ParallelBlock
 from moestro.models.examples import examples as decoders
+from moestro.nn.config import PlainFeedForward, RelativeBias
+from moestro.routers.config import Constant
 from moestro.testing.conversions import check_conversion
 
 TEXT = torch.randint(0, 37, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -20,17 +24,44 @@ def test_every_method_has_an_example():
 @pytest.mark.parametrize("name", examples())
 def test_conversion(name):
     options = examples()[name]
-    config = MOE.replace(moe=None) if isinstance(options, Upcycle) else MOE
+    config = MOE.replace(moe=None) if isinstance(options, Upcycle | Specialists) else MOE
     claims = {"copy": 1e-6, "copy_one": 1e-6, "copy_shared": 1e-6, "granular": 1e-6, "granular_copies": 1e-6}
     check_conversion(
         lambda model: options.build(model, text=TEXT),
-        config.build,
+        (lambda: [config.build() for _ in range(3)]) if options.several else config.build,
         lambda model: model(TEXT)[0],
         exact=(claims | {"cluster_all": 1e-6}).get(name),
     )
 
 
-@pytest.mark.parametrize("name", [n for n, o in examples().items() if not isinstance(o, Upcycle)])
+def parallel():
+    """Parallel blocks, a norm of heads and a bias by distance, a tied head with a bias, multipliers."""
+    mixer = MOE.attention.replace(qk_norm="head", positions=RelativeBias(buckets=4))
+    blocks = (ParallelBlock(mixer=mixer, ffn=PlainFeedForward(width=20, bias=True), residual_scale=0.4),) * 2
+    return MOE.replace(blocks=blocks, moe=None, tied=True, head_bias=True, logits_scaling=0.5)
+
+
+def sinks():
+    """Sinks, windows and biases of every map."""
+    config = decoders()["sinks"]
+    return config.replace(blocks=tuple(b.replace(ffn=MOE.ffn) for b in config.resolved()))
+
+
+@pytest.mark.parametrize("name", [n for n, o in examples().items() if o.several])
+@pytest.mark.parametrize("config", [parallel(), sinks()], ids=["parallel", "sinks"])
+@pytest.mark.parametrize("equal", [False, True])
+def test_mixtures_of_other_decoders(config, name, equal):
+    """Different ones, and equal ones with weights that sum to 1."""
+    options = examples()[name].replace(weigh=Constant()) if equal else examples()[name]
+    check_conversion(
+        lambda models: options.build(models, text=TEXT),
+        lambda: [config.build() for _ in range(2)],
+        lambda model: model(TEXT)[0],
+        exact=1e-6 if equal else None,
+    )
+
+
+@pytest.mark.parametrize("name", [n for n, o in examples().items() if not (o.several or isinstance(o, Upcycle))])
 def test_conversion_of_layers_that_differ(name):
     """Different numbers of experts per layer and a tied head; a shared expert."""
     options = examples()[name]

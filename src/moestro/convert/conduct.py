@@ -19,7 +19,7 @@ from ..moe.layer import MoELayer
 from .config import Conversion
 from .mlp import DenseMLP
 from .receipt import ConversionError, LayerChange, Measured, Receipt, checksums
-from .samples import Batch, Samples, evaluating, forward, measure
+from .samples import Batch, Samples, evaluating, forward, mean_output, measure
 
 __all__ = [
     "BOUNDS",
@@ -32,6 +32,7 @@ __all__ = [
     "experts_in",
     "experts_of",
     "generator",
+    "in_float64",
     "run_layer",
     "watch",
     "weight_of",
@@ -56,10 +57,12 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """A converted model, before it is measured. paths: of the converted layers, the same in old and new."""
+    """A converted model, before it is measured. paths: of the converted layers, the same in old and new; changes: how
+    far these moved, where that is not the comparison of two feed-forward layers."""
 
     model: nn.Module
-    paths: Sequence[str]
+    paths: Sequence[str] = ()
+    changes: Callable[[Samples], Sequence[LayerChange]] | None = None
     claim: Claim | None = None
     invented: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -151,23 +154,25 @@ def conduct(
     model: nn.Module,
     make: Callable[[Samples], Made],
     *,
+    others: Sequence[nn.Module] = (),
     text: Any = None,
     num_bytes: int | None = None,
     sources: Sequence[str] = (),
 ) -> tuple[nn.Module, Receipt]:
     """Make the new model, measure it against the old one, check what is claimed. Returns (new model, receipt).
 
+    others: further sources beside `model`; the new model is then compared with the mean of all outputs.
     text: tokens [B, S], other inputs, or a list of such; None = random tokens, and the receipt says so.
     Raises `UserError` where the conversion needs text, and `ConversionError` where a claim does not hold.
     """
     samples = Samples.of(model, text, options.seed, num_bytes)
     if getattr(options, "reads_text", False) and not samples.given:
         raise UserError(f"{type(options).__name__} looks at what the model does on text; give text")
-    with evaluating(model):
+    with evaluating(model, *others):
         made = make(samples)
         with evaluating(made.model):
-            measured = measure(lambda b: forward(model, b), lambda b: forward(made.model, b), samples)
-            layers = _changes(model, made, samples)
+            measured = measure(lambda b: mean_output((model, *others), b), lambda b: forward(made.model, b), samples)
+            layers = _changes(model, made, samples) if made.changes is None else tuple(made.changes(samples))
             if not math.isfinite(measured.relative):
                 raise ConversionError("the converted model's output is not finite, or that of the given one is not")
             bound, notes = (None, []) if made.claim is None else _check(made, made.claim, model, measured, samples)
@@ -219,7 +224,7 @@ def _check(made: Made, claim: Claim, model: nn.Module, measured: Measured, sampl
             raise ConversionError(
                 f"{claim.text}: not so, the outputs differ by {measured.relative:.3g} (over {bound:g})"
             )
-        exact = _in_float64(model, made.model, samples)
+        exact = in_float64(model, made.model, samples)
         bound = torch.finfo(dtype).eps
         if not exact <= bound:
             raise ConversionError(
@@ -240,7 +245,8 @@ def _check(made: Made, claim: Claim, model: nn.Module, measured: Measured, sampl
     return bound, notes
 
 
-def _in_float64(model: nn.Module, new: nn.Module, samples: Samples) -> float:
+def in_float64(model: nn.Module, new: nn.Module, samples: Samples) -> float:
+    """Relative difference of the outputs, both models in float64."""
     a, b = copy.deepcopy(model).double().eval(), copy.deepcopy(new).double().eval()
 
     def widened(batch: Batch) -> Batch:

@@ -6,13 +6,15 @@ from typing import ClassVar, Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
-from ..losses.config import Loss, SwitchBalance
-from ..routers.config import Weigh
+from ..losses.config import Loss, SwitchBalance, ZLoss
+from ..routers.config import Raw, Renormalised, Weigh
 
 __all__ = [
     "METHODS",
     "AddExperts",
     "Average",
+    "BranchAttendMix",
+    "BranchTrainMix",
     "Cluster",
     "Conversion",
     "Copy",
@@ -24,9 +26,9 @@ __all__ = [
     "PartialReinit",
     "Prune",
     "Resize",
+    "Specialists",
     "Taylor",
     "Upcycle",
-    "examples",
 ]
 
 
@@ -40,6 +42,7 @@ class Conversion(Config):
     """Seed of everything that is drawn."""
 
     needs_text: ClassVar[bool] = False
+    several: ClassVar[bool] = False  # whether it takes a list of models
 
     def __post_init__(self) -> None:
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
@@ -173,6 +176,68 @@ class Taylor(Upcycle):
         super().__post_init__()
         if not 0 < self.shared < 1:
             raise UserError(f"Taylor.shared must lie between 0 and 1, found {self.shared}")
+
+
+# Several dense models to MoE ---------------------------------------------------------------------------------------
+
+
+@config
+class Specialists(Conversion):
+    """Base of mixtures of several dense models of one ancestor. `build([model, model, ...], text=None, ...)`.
+
+    Expert j of a layer is the feed-forward layer of model j; what becomes no expert is the mean of the models.
+    """
+
+    several: ClassVar[bool] = True
+    top_k: int = 1
+    """Feed-forward experts per token, K."""
+    extra: int = 0
+    """Further feed-forward experts, copies of those of the first model (the common ancestor, as a rule)."""
+    router_std: float = 0.02
+    """Standard deviation of the routers' random rows."""
+    weigh: Weigh | None = None
+    """How chosen feed-forward experts are weighted; null = the raw probability for one, renormalised for more."""
+    losses: tuple[Loss, ...] = (SwitchBalance(coefficient=1e-2), ZLoss(coefficient=1e-3))
+    """Losses of the routers of feed-forward experts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "top_k")
+        self.at_least(0, "extra", "router_std")
+
+    def weights(self, top_k: int, weigh: Weigh | None) -> Weigh:
+        """`weigh`, or what stands for null."""
+        return weigh if weigh is not None else Raw() if top_k == 1 else Renormalised()
+
+
+@config
+class BranchTrainMix(Specialists):
+    """Feed-forward layers side by side as experts, all else averaged (BTX, arXiv 2403.07816).
+
+    `top_k=1` with raw weights is the baseline of BAM (brief 05).
+    """
+
+    builds: ClassVar[str] = "moestro.convert.merge.specialists:mix"
+    top_k: int = 2
+    """Feed-forward experts per token, K."""
+
+
+@config
+class BranchAttendMix(Specialists):
+    """Attention as well as feed-forward layers side by side as experts, all else averaged (BAM, brief 05)."""
+
+    builds: ClassVar[str] = "moestro.convert.merge.specialists:mix"
+    shared_kv: bool = False
+    """Whether keys and values are common to all attention experts, the mean of the models': one cache in place of N."""
+    attention_top_k: int | None = None
+    """Attention experts that count for a token; null = all, softly."""
+    attention_weigh: Weigh | None = None
+    """How attention experts are weighted; null = the raw probability for one or all, renormalised for some."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_top_k is not None:
+            self.at_least(1, "attention_top_k")
 
 
 # MoE to dense -----------------------------------------------------------------------------------------------------
@@ -322,6 +387,8 @@ METHODS: dict[str, type[Conversion]] = {
     "reinit": PartialReinit,
     "cluster": Cluster,
     "taylor": Taylor,
+    "btx": BranchTrainMix,
+    "bam": BranchAttendMix,
     "average": Average,
     "most-loaded": MostLoaded,
     "distil": Distil,
@@ -330,30 +397,3 @@ METHODS: dict[str, type[Conversion]] = {
     "add": AddExperts,
 }
 """Name on the command line and in recipes -> options."""
-
-
-def examples() -> dict[str, Conversion]:
-    """Small options of every method, for a model with at least two layers to convert; tests are generated from them."""
-    from ..routers.config import Constant, Raw
-
-    return {
-        "copy": Copy(num_experts=4),
-        "copy_one": Copy(num_experts=2, top_k=1),
-        "copy_shared": Copy(num_experts=3, shared=True, layers=(1,)),
-        "copy_raw": Copy(num_experts=4, weigh=Raw()),
-        "granular": GranularSplit(num_experts=8, top_k=2, granularity=2),
-        "granular_copies": GranularSplit(num_experts=8, top_k=4, granularity=2, router="centroids"),
-        "reinit": PartialReinit(num_experts=4, share=0.5),
-        "cluster": Cluster(num_experts=4, top_k=2),
-        "cluster_all": Cluster(num_experts=4, top_k=4, by="activations", weigh=Constant(value=1.0)),
-        "taylor": Taylor(num_experts=4, top_k=2, shared=0.2),
-        "average": Average(),
-        "most_loaded": MostLoaded(),
-        "distil": Distil(steps=3, batch=16),
-        "distil_logits": Distil(steps=2, batch=32, match="logits"),
-        "prune": Prune(keep=3),
-        "prune_similar": Prune(keep=2, score="output_similarity", layers=(0,)),
-        "merge": MergeExperts(keep=2),
-        "add": AddExperts(add=1, noise=0.1),
-        "add_loaded": AddExperts(add=2, score="load"),
-    }

@@ -14,11 +14,11 @@ from ..models.config import Stack as StackConfig
 from ..models.stack import Stack
 from ..moe.config import MoELayer
 from ..moe.dropin import MoE
-from ..nn.config import FFN, FeedForward, PlainFeedForward
+from ..nn.config import FFN, FeedForward, Mixer, PlainFeedForward
 from .mlp import DenseMLP
 from .receipt import ConversionError
 
-__all__ = ["DenseFFN", "Graft", "graft", "with_ffns"]
+__all__ = ["DenseFFN", "Graft", "fill", "graft", "with_parts"]
 
 
 class DenseFFN(nn.Module):
@@ -92,7 +92,7 @@ def _dropin(new: Graft, like: Tensor) -> nn.Module:
         return DenseFFN(new.dense)
     assert new.routed is not None
     layer = MoE(new.dim, config=new.routed).to(device=like.device, dtype=like.dtype)
-    _fill(layer, new.tensors)
+    fill(layer, new.tensors)
     return layer
 
 
@@ -109,9 +109,9 @@ def _stack(model: Stack, layers: Mapping[str, Graft]) -> Stack:
         ffns[number] = config
         state |= {f"{path}.{n}": t for n, t in tensors.items()}
     like = model.embed.weight
-    made: Stack = with_ffns(model.config, ffns).build()
+    made: Stack = with_parts(model.config, ffns).build()
     made.to(device=like.device, dtype=like.dtype)
-    _fill(made, state)
+    fill(made, state)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(name not in frozen)
@@ -132,7 +132,7 @@ def _own(mlp: DenseMLP) -> tuple[FFN, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy every tensor into the module; each of the module's gets exactly one, of its shape."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
@@ -143,16 +143,22 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(tensors[name])
 
 
-def with_ffns(config: StackConfig, ffns: Mapping[int, MoELayer | FFN]) -> StackConfig:
-    """The config with these feed-forward layers in these blocks, written with `moe`, `layout` and `num_experts` where
-    these can say it, else with `blocks`."""
-    blocks = tuple(b.replace(ffn=ffns.get(i, b.ffn)) for i, b in enumerate(config.resolved()))
+def with_parts(
+    config: StackConfig, ffns: Mapping[int, MoELayer | FFN], mixers: Mapping[int, Mixer] | None = None
+) -> StackConfig:
+    """The config with these feed-forward layers and mixers in these blocks, written with `attention`, `moe`, `layout`
+    and `num_experts` where these can say it, else with `blocks`."""
+    mixers = {} if mixers is None else mixers
+    blocks = tuple(
+        b.replace(ffn=ffns.get(i, b.ffn), mixer=mixers.get(i, b.mixer)) for i, b in enumerate(config.resolved())
+    )
     routed = [b.ffn for b in blocks if isinstance(b.ffn, MoELayer)]
     dense = [b.ffn for b in blocks if isinstance(b.ffn, FFN)]
     counts = tuple(r.num_experts for r in routed)
     kinds = tuple("moe" if isinstance(b.ffn, MoELayer) else "dense" for b in blocks)
     if config.blocks is None:
         short = config.replace(
+            attention=blocks[0].mixer if mixers else config.attention,
             moe=routed[0] if routed else None,
             ffn=dense[0] if dense else config.ffn,
             layout=kinds if routed and dense else None,
@@ -160,4 +166,5 @@ def with_ffns(config: StackConfig, ffns: Mapping[int, MoELayer | FFN]) -> StackC
         )
         if short.resolved() == blocks:
             return short
-    return config.replace(blocks=blocks, moe=None, layout=None, num_experts=None)
+    # residual_scale is part of the blocks now
+    return config.replace(blocks=blocks, moe=None, layout=None, num_experts=None, residual_scale=1.0)

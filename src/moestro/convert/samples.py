@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..core.errors import UserError
 from .receipt import Measured
 
-__all__ = ["Samples", "evaluating", "forward", "measure", "next_token_loss"]
+__all__ = ["Samples", "evaluating", "forward", "mean_output", "measure", "next_token_loss"]
 
 Batch = Tensor | Mapping[str, Tensor]
 ROWS, LENGTH, TOKENS = 4, 64, 4096  # shape of random tokens; the most tokens of one forward pass
@@ -108,6 +108,17 @@ def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     if isinstance(out, tuple) and isinstance(out[0], Tensor):
         return out[0], hasattr(model, "head")
     raise UserError(f"{type(model).__name__} returns a {type(out).__name__}, in which no output tensor is found")
+
+
+def mean_output(models: Sequence[nn.Module], batch: Batch) -> tuple[Tensor, bool]:
+    """(the mean of the models' outputs, summed in float64, whether these are logits)."""
+    first, named = forward(models[0], batch)
+    if len(models) == 1:
+        return first, named
+    total = first.double()
+    for model in models[1:]:
+        total = total + forward(model, batch)[0].double()
+    return (total / len(models)).to(first.dtype), named
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:

@@ -86,15 +86,19 @@ def _dense(plan: AnyPlan) -> Tensor:
     return flat.index_copy(0, place, weight.reshape(-1).gather(0, chosen)).view(-1, plan.num_experts)
 
 
+_BY_COLUMN = ("o.weight", "relative.table")  # parameters whose second axis counts heads
+
+
 def per_expert(module: AttentionExperts, name: str, weight: Tensor) -> Tensor:
     """[N, ...]: a parameter of `module.attention` as one entry per expert, a view where memory allows it.
 
-    name: q, k, v or o, "weight" or "bias" as in "q.weight"; shared keys and values have no entries per expert.
+    name: q, k, v or o, "weight" or "bias" as in "q.weight", "sinks" or "relative.table"; shared keys and values have no
+    entries per expert.
     """
     config = module.config
     one, N = config.attention, config.num_experts
     groups = one.num_kv_heads or one.num_heads
-    axis = 1 if name == "o.weight" else 0
+    axis = 1 if name in _BY_COLUMN else 0
     if config.shared_kv:
         if name[0] in "kv":
             raise ValueError(f"{name} is shared by all experts")
@@ -108,7 +112,7 @@ def into_experts(module: AttentionExperts, name: str, parts: list[Tensor]) -> Te
     config = module.config
     one = config.attention
     groups = one.num_kv_heads or one.num_heads
-    axis = 1 if name == "o.weight" else 0
+    axis = 1 if name in _BY_COLUMN else 0
     if not config.shared_kv:
         return torch.cat(parts, dim=axis)
     stacked = torch.stack([p.unflatten(axis, (groups, -1)) for p in parts], dim=axis + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from ..core.account import cost
 
 __all__ = ["check_conversion"]
 
-Convert = Callable[[nn.Module], tuple[nn.Module, Receipt]]
+Models = nn.Module | Sequence[nn.Module]
+Convert = Callable[[Any], tuple[nn.Module, Receipt]]
 SLACK = 1e-3  # relative, between a measured figure and the same figure computed here in float64
 
 
 def check_conversion(
-    convert: Convert, make: Callable[[], nn.Module], run: Callable[[nn.Module], Tensor], *, exact: float | None = None
+    convert: Convert, make: Callable[[], Models], run: Callable[[nn.Module], Tensor], *, exact: float | None = None
 ) -> None:
     """Run every check on fresh models from `make()`.
 
@@ -31,25 +32,45 @@ def check_conversion(
     The old model keeps its values, modes and gradients, and shares no storage with the new one; two conversions of one
     model are equal whatever torch's own generators say; every tensor that is not listed as invented follows from the
     old model; the receipt's difference, counts and checksums are those of the model, and it survives JSON.
+
+    A conversion of several models gets a list of them from `make()`: all of this holds for each of them, the difference
+    is that from the mean of their outputs, counts are those of the first, and every tensor follows from every model
+    (of experts, one from each at least). With `exact` they are made equal.
     """
-    old = _fresh(make, 1)
-    before, modes = copy.deepcopy(old.state_dict()), [m.training for m in old.modules()]
+    old = _fresh(make, 1, equal=exact is not None)
+    olds = _each(old)
+    before = [(copy.deepcopy(m.state_dict()), [part.training for part in m.modules()]) for m in olds]
     torch.manual_seed(11)
     new, receipt = convert(old)
-    _check_old(old, before, modes)
-    _check_storage(old, new)
-    _check_receipt(old, new, receipt, run, exact)
+    for model, (state, modes) in zip(olds, before, strict=True):
+        _check_old(model, state, modes)
+        _check_storage(model, new)
+    _check_receipt(olds, new, receipt, run, exact)
     torch.manual_seed(12)
-    again, second = convert(_fresh(make, 1))
+    again, second = convert(_fresh(make, 1, equal=exact is not None))
     _check_equal(new, again)
     if second.to_dict() != receipt.to_dict():
         raise AssertionError("two conversions of one model have different receipts")
-    _check_follows(convert, make, new, receipt)
+    _check_follows(new, convert(_fresh(make, 2))[0], receipt, olds[0])
+    if not isinstance(old, nn.Module):
+        _check_each_counts(convert, make, len(olds))
 
 
-def _fresh(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model whose every floating parameter has been moved at random, so that no two tensors are alike."""
-    model, generator = make(), torch.Generator().manual_seed(seed)
+def _each(models: Models) -> list[nn.Module]:
+    return [models] if isinstance(models, nn.Module) else list(models)
+
+
+def _fresh(make: Callable[[], Models], seed: int, equal: bool = False) -> Models:
+    """A model whose every floating parameter has been moved at random, so that no two tensors are alike; or several,
+    which are alike if `equal`."""
+    made = make()
+    if isinstance(made, nn.Module):
+        return _moved(made, seed)
+    return [_moved(m, seed if equal else 100 * seed + i) for i, m in enumerate(made)]
+
+
+def _moved(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -101,11 +122,12 @@ def _tied(old: nn.Module, a: str, b: str) -> bool:
 
 
 def _check_receipt(
-    old: nn.Module, new: nn.Module, receipt: Receipt, run: Callable[[nn.Module], Tensor], exact: float | None
+    olds: list[nn.Module], new: nn.Module, receipt: Receipt, run: Callable[[nn.Module], Tensor], exact: float | None
 ) -> None:
     with torch.no_grad():
-        first, second = run(old), run(new.eval())
-    want, got = first.double(), second.double()
+        outputs, second = [run(old) for old in olds], run(new.eval())
+    first = outputs[0]
+    want, got = torch.stack([y.double() for y in outputs]).mean(0), second.double()
     if not bool(torch.isfinite(got).all()):
         raise AssertionError("the new model's output is not finite")
     found = float((got - want).norm() / want.norm())
@@ -122,7 +144,7 @@ def _check_receipt(
         raise AssertionError(f"the receipt lies: it claims {receipt.exact!r}, but the outputs differ by {found:.4g}")
     if dict(receipt.checksums) != checksums(new):
         raise AssertionError("the receipt lies: its checksums are not those of the new model")
-    a, b = cost(old), cost(new)
+    a, b = cost(olds[0]), cost(new)
     counts = (receipt.params_before, receipt.params_after, receipt.active_before, receipt.active_after)
     if counts != (a.params, b.params, a.active, b.active):
         raise AssertionError(f"the receipt lies: parameters and active ones are not {counts}")
@@ -144,20 +166,31 @@ def _check_equal(new: nn.Module, again: nn.Module) -> None:
             raise AssertionError(f"left random: {name} differs between two conversions of one model")
 
 
-def _check_follows(convert: Convert, make: Callable[[], nn.Module], new: nn.Module, receipt: Receipt) -> None:
-    """A tensor with a source changes with the source: every expert's slice of it."""
-    other, _ = convert(_fresh(make, 2))
+def _check_follows(new: nn.Module, other: nn.Module, receipt: Receipt, old: nn.Module) -> None:
+    """A tensor with a source changes with the source: every expert's slice of it. other: made of other models."""
     theirs = other.state_dict()
     first, second = checksums(new), checksums(other)
-    own = _fresh(make, 1).state_dict()
+    own, parameters = old.state_dict(), dict(new.named_parameters())
     for name in new.state_dict():
         if name in receipt.invented or name not in theirs:
             continue
         constant = name in own and not own[name].is_floating_point()
-        buffer = name not in dict(new.named_parameters())
-        if constant or buffer:
+        if constant or name not in parameters:
             continue
         for e, (a, b) in enumerate(zip(first[name], second[name])):
             if a == b:
                 part = f"{name}[{e}]" if len(first[name]) > 1 else name
                 raise AssertionError(f"left without a source: {part} is the same for two different models")
+
+
+def _check_each_counts(convert: Convert, make: Callable[[], Models], number: int) -> None:
+    """Exchanging one of several models changes every tensor that has a source, of experts at least one."""
+    new, receipt = convert(_fresh(make, 1))
+    first = checksums(new)
+    for i in range(number):
+        models = _each(_fresh(make, 1))
+        models[i] = _each(_fresh(make, 2))[i]
+        second = checksums(convert(models)[0])
+        for name, parameter in new.named_parameters():
+            if name not in receipt.invented and parameter.is_floating_point() and first[name] == second[name]:
+                raise AssertionError(f"left without a source: {name} does not depend on model {i} of {number}")

@@ -22,7 +22,7 @@ from ..receipt import Receipt
 from ..samples import Samples
 from .neurons import kmeans
 
-__all__ = ["Layer", "assemble", "balanced_weigh", "router_rows", "upcycle"]
+__all__ = ["Layer", "assemble", "balanced_weigh", "one_in_all", "router_rows", "upcycle"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,9 +140,13 @@ def copies_weigh(options: Upcycle) -> Weigh:
 
 def sums_to_one(options: Upcycle) -> bool:
     """Whether the weights of a unit's choices sum to 1 whatever the router says."""
-    weigh = copies_weigh(options)
+    return one_in_all(copies_weigh(options), options.top_k)
+
+
+def one_in_all(weigh: Weigh, top_k: int) -> bool:
+    """Whether `top_k` choices have weights that sum to 1 whatever the router says."""
     if isinstance(weigh, Constant):
-        return weigh.value is None or weigh.value * options.top_k == 1.0
+        return weigh.value is None or weigh.value * top_k == 1.0
     return getattr(weigh, "scale", 1.0) == 1.0 and not isinstance(weigh, Raw)
 
 

@@ -1,0 +1,1 @@
+"""Several dense models of one ancestor become one mixture."""
