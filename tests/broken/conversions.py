@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
 from torch import nn
 
-from moestro.convert.config import Copy
+from moestro.convert.config import BranchTrainMix, Copy
 from moestro.convert.receipt import checksums
 
 OPTIONS = Copy(num_experts=2)
@@ -75,3 +76,13 @@ def lies_about_checksums(model: nn.Module, text):
         up.copy_(up[:, torch.cat([order, F + order])].clone())
         down.copy_(down[:, :, order].clone())
     return new, receipt
+
+
+def ignores_a_source(models, text):
+    """Expert 2 is a copy of source 1, and source 2 is in no mean: a mixture like any other, of two models."""
+    given = [models[0], models[1], copy.deepcopy(models[1])]
+    new, receipt = BranchTrainMix().build(given, text=text)
+    with torch.no_grad():
+        want, got = torch.stack([m(text)[0].double() for m in models]).mean(0), new(text)[0].double()
+    measured = dataclasses.replace(receipt.measured, relative=float((got - want).norm() / want.norm()))
+    return new, dataclasses.replace(receipt, measured=measured)

@@ -29,6 +29,16 @@ def test_6_a_conversion_that_is_wrong(convert, reason):
         check_conversion(lambda model: convert(model, TEXT), make, lambda model: model(TEXT)[0])
 
 
+def test_6_a_mixture_that_leaves_a_source_out():
+    config = decoders()["moe"].replace(moe=None)
+    with pytest.raises(AssertionError, match=r"does not depend on model 2 of 3"):
+        check_conversion(
+            lambda models: broken.ignores_a_source(models, TEXT),
+            lambda: [config.build() for _ in range(3)],
+            lambda model: model(TEXT)[0],
+        )
+
+
 def test_an_honest_conversion_passes():
     make = decoders()["moe"].replace(moe=None).build
     check_conversion(lambda model: broken.honest(model, TEXT), make, lambda model: model(TEXT)[0], exact=1e-6)

@@ -25,9 +25,15 @@ from moestro.convert.mlp import find
 from moestro.convert.receipt import ConversionError, Receipt, read, verify
 from moestro.convert.upcycle.neurons import importance, kmeans
 from moestro.core.errors import UserError
+from moestro.experts.config import MLP, Gated
+from moestro.models.config import Block
 from moestro.models.examples import examples as decoders
+from moestro.moe.config import AveragedExperts
 from moestro.moe.dropin import MoE
+from moestro.nn.config import PlainFeedForward
 from moestro.routers.config import Raw
+from moestro.testing.compare import assert_close
+from moestro.testing.conversions import check_conversion
 
 TEXT = torch.randint(0, 37, (3, 16), generator=torch.Generator().manual_seed(3))
 
@@ -201,6 +207,36 @@ def test_the_mean_of_two_experts_by_hand():
     assert receipt.exact is None
     merged, _ = MergeExperts(keep=2).build(_four(), text=TEXT)
     assert merged.config.moe.num_experts == 2
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_averaged_experts_become_the_dense_model_that_evaluation_shows(plain, dtype, bound):
+    """48, Experts Weights Averaging: the layer in evaluation, and the dense model with its parameters and names."""
+    config = decoders()["moe"].replace(moe=None)
+    bank, ffn = Gated(width=20), config.ffn
+    if plain:
+        bank, ffn = (
+            MLP(width=20, activation="gelu", bias=True),
+            PlainFeedForward(width=20, activation="gelu", bias=True),
+        )
+    layer = AveragedExperts(num_experts=3, experts=bank)
+    model = moved(config.replace(moe=layer, ffn=ffn), dtype)
+    back, receipt = Average().build(model, text=TEXT)
+    wanted = config.replace(ffn=ffn)
+    assert back.config == wanted
+    assert {n: t.shape for n, t in back.state_dict().items()} == {
+        n: t.shape for n, t in wanted.build().state_dict().items()
+    }
+    assert receipt.params_after == receipt.active_after == wanted.num_params()
+    assert receipt.exact == "the mean of the experts is what each layer shows in evaluation"
+    assert receipt.bound == bound
+    assert_close("logits", back(TEXT)[0], model(TEXT)[0], bound)
+    assert_close("down", back.layers[1].ffn.down, model.layers[1].ffn.experts.down.mean(0), bound)
+    _, other = MostLoaded().build(model, text=TEXT)
+    assert other.exact is None
+    mixed = config.replace(num_layers=3, blocks=(Block(ffn=layer), Block(ffn=ffn), Block(ffn=layer)))
+    check_conversion(lambda m: Average(layers=(1,)).build(m, text=TEXT), mixed.build, lambda m: m(TEXT)[0], exact=1e-6)
 
 
 def _four():

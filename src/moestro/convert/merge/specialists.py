@@ -100,7 +100,8 @@ def _alike(options: Specialists, models: Sequence[nn.Module], names: Sequence[st
     out: list[Decoder] = []
     for name, model in zip(names, models, strict=True):
         if not isinstance(model, Decoder):
-            raise UserError(f"{kind}: {name} is a {type(model).__name__}; give decoders (moestro.convert.load)")
+            what = type(model).__name__
+            raise UserError(f"{kind}: {name} is no decoder but a module called {what}; see moestro.convert.load")
         if any(model is other for other in out):
             raise UserError(f"{kind}: {name} is another source's very model; give each once, see `extra` for copies")
         out.append(model)

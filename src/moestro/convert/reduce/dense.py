@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
+from ...moe.averaged import AveragedExperts
 from ...moe.layer import MoELayer
 from ..conduct import Claim, Made, Seen, conduct, experts_of, weight_of
 from ..config import Average, Densify, MostLoaded
@@ -22,13 +23,22 @@ from .scores import loads
 
 __all__ = ["average", "densify", "mean_expert", "most_loaded", "with_shared"]
 
+EQUALS = "all experts of each layer are equal, and any of them is the layer"
+SHOWN = "the mean of the experts is what each layer shows in evaluation"
 EQUAL = 1e-6  # spread of total weights below which they count as constant
 
 
 def densify(
-    options: Densify, model: nn.Module, choose: Callable[[MoELayer, Sequence[Seen]], DenseMLP], **given: Any
+    options: Densify,
+    model: nn.Module,
+    choose: Callable[[MoELayer, Sequence[Seen]], DenseMLP],
+    shows: Callable[[MoELayer], bool] = lambda layer: False,
+    **given: Any,
 ) -> tuple[nn.Module, Receipt]:
-    """Every routed layer becomes `choose(layer, seen)`, scaled by the mean total weight, beside its shared expert."""
+    """Every routed layer becomes `choose(layer, seen)`, scaled by the mean total weight, beside its shared expert.
+
+    shows: whether that is what a layer computes in evaluation, although its experts differ.
+    """
     paths = routed_paths(model, options.layers)
 
     def make(samples: Samples) -> Made:
@@ -40,9 +50,9 @@ def densify(
             with torch.no_grad():
                 dense, note, same = with_shared(layer, choose(layer, seen), seen)
             grafts[path] = Graft(dense=dense)
-            exact = exact and same and _all_equal(layer)
+            exact = exact and same and (shows(layer) or _all_equal(layer))
             notes += [f"{path}: {note}"] if note else []
-        claim = Claim("all experts of each layer are equal, and any of them is the layer") if exact else None
+        claim = Claim(SHOWN if any(shows(model.get_submodule(p)) for p in paths) else EQUALS) if exact else None  # type: ignore[arg-type]
         return Made(model=graft(model, grafts), paths=paths, claim=claim, notes=notes)
 
     return conduct(options, model, make, **given)
@@ -90,8 +100,12 @@ def mean_expert(layer: MoELayer) -> DenseMLP:
 
 
 def average(options: Average, model: nn.Module, **given: Any) -> tuple[nn.Module, Receipt]:
-    """W = mean of the experts' W, for every tensor (brief 48, step 5)."""
-    return densify(options, model, lambda layer, seen: mean_expert(layer), **given)
+    """W = mean of the experts' W, for every tensor (brief 48, step 5): what `AveragedExperts` shows in evaluation."""
+
+    def shows(layer: MoELayer) -> bool:
+        return isinstance(layer, AveragedExperts)
+
+    return densify(options, model, lambda layer, seen: mean_expert(layer), shows, **given)
 
 
 def most_loaded(options: MostLoaded, model: nn.Module, **given: Any) -> tuple[nn.Module, Receipt]:
