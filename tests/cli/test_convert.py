@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -47,6 +48,62 @@ def test_dense_to_moe_and_back(at, capsys):
     assert status == 0
     old, new = convert.load(at / "llama").model.state_dict(), convert.load(at / "dense").model.state_dict()
     assert all(torch.equal(t, new[n]) for n, t in old.items())
+
+
+@pytest.fixture
+def three(at):
+    """Three folders of small Llamas of one config."""
+    for name, seed in (("b", 1), ("c", 2)):
+        convert.save(CONFIG.replace(seed=seed).build(), at / name, to="llama")
+    return [at / "llama", at / "b", at / "c"]
+
+
+def test_several_models_into_one(at, three, capsys):
+    flags = ["--method", "btx", "--to", "mixtral", "--text", at / "text.txt"]
+    status, out, _ = moestro(capsys, *three, at / "btx", *flags)
+    assert status == 0
+    assert "source 2" in out
+    receipt = receipts.read(at / "btx")
+    assert receipt.sources == tuple(map(str, three))
+    assert receipt.measured.unit == "byte"
+    loaded = convert.load(at / "btx")
+    assert loaded.family.model_type == "mixtral"
+    assert loaded.model.config.moe.num_experts == 3
+    receipts.verify(loaded.model, receipt)
+    (at / "recipe.yaml").write_text("method: bam\nshared_kv: true\nextra: 1\nweigh: {type: routers.Constant}\n")
+    assert moestro(capsys, *three, at / "bam", "--recipe", at / "recipe.yaml", "--attention-top-k", 2)[0] == 0
+    receipt, loaded = receipts.read(at / "bam"), convert.load(at / "bam")
+    receipts.verify(loaded.model, receipt)
+    assert loaded.family.model_type == "moestro"
+    assert loaded.model.config.attention.num_experts == 3
+    assert loaded.model.config.attention.shared_kv
+    assert loaded.model.config.moe.num_experts == 4
+    copies = [three[0], at / "again", at / "same"]
+    shutil.copytree(three[0], at / "again")
+    assert moestro(capsys, *copies, "--method", "bam", "--set", "weigh=routers.Constant")[0] == 0
+    assert receipts.read(at / "same").bound == 1e-6
+
+
+def test_several_models_that_do_not_fit_leave_nothing(at, three, capsys):
+    convert.save(CONFIG.replace(vocab_size=300).build(), at / "wide", to="llama")
+    for name, words in (("b", "a"), ("c", "b")):
+        (at / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {words: 0}}}))
+    before = sorted(p.name for p in at.iterdir())
+    for line, message in (
+        ([three[0], at / "out", "--method", "btx"], "takes several SOURCEs and OUT, found 1 SOURCE"),
+        ([*three, at / "out"], "method none takes one SOURCE, found 3"),
+        ([*three, at / "out", "--method", "copy"], "takes one SOURCE, found 3"),
+        ([three[0], at / "nothing", at / "out", "--method", "bam"], "no such folder"),
+        ([three[0], at / "wide", at / "out", "--method", "bam"], f"source 1 ({at / 'wide'}) and source 0"),
+        ([*three, at / "out", "--method", "bam"], "its tokenizer is not that of"),
+        ([*three[:2], at / "out", "--method", "btx", "--top-k", "5"], "top_k: 5 of 2 experts"),
+        ([*three[:2], at / "out", "--method", "bam", "--to", "mixtral"], "cannot be written as mixtral"),
+    ):
+        status, _, err = moestro(capsys, *line)
+        assert status == 2
+        assert message in err
+        assert err.count("\n") == 1
+        assert sorted(p.name for p in at.iterdir()) == before
 
 
 def test_only_the_format(at, capsys):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import json
 import sys
 import textwrap
 import typing
@@ -38,8 +39,9 @@ class Options:
     """Write a model in another format, or change it first: dense to MoE, MoE to dense, fewer or more experts.
 
     SOURCE is a run folder, or a checkpoint folder of transformers or of this library. Methods: none (the format only),
-    copy, granular, reinit, cluster, taylor; average, most-loaded, distil; prune, merge, add. `--method NAME --help`
-    lists a method's options. receipt.json in OUT says what is exact, what was measured and what was invented.
+    copy, granular, reinit, cluster, taylor; btx, bam (several SOURCEs); average, most-loaded, distil; prune, merge,
+    add. `--method NAME --help` lists a method's options. receipt.json in OUT says what is exact, what was measured and
+    what was invented.
     """
 
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE... OUT")]]
@@ -102,43 +104,43 @@ def convert(
     """
     import torch
 
-    from ..convert import load, save, stream
+    from ..convert import save, stream
     from ..convert.config import Resize
     from ..convert.shards import new_folder
     from ..train.layout import is_run
 
     out, kind = Path(out), None if dtype is None else getattr(torch, dtype)
-    if len(sources) != 1:
+    folders = [Path(s) for s in sources]
+    several = conversion is not None and conversion.several
+    if len(folders) != 1 and not several:
         name = "none" if conversion is None else type(conversion).__name__
-        raise UserError(f"method {name} takes one SOURCE, found {len(sources)}")
-    source = Path(sources[0])
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; name a run or a checkpoint folder")
+        raise UserError(f"method {name} takes one SOURCE, found {len(folders)}")
+    if several and len(folders) < 2:
+        raise UserError(
+            f"method {type(conversion).__name__} takes several SOURCEs and OUT, found {len(folders)} SOURCE"
+        )
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; name a run or a checkpoint folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; name a new folder, or remove it first")
-    run = is_run(source)
-    if conversion is None and not run:
-        stream(source, out, to=_family(source) if to is None else to, dtype=kind)
+    if conversion is None and not is_run(folders[0]):
+        stream(folders[0], out, to=_family(folders[0]) if to is None else to, dtype=kind)
         return None
-    tokenizer: Tokenizer | None = None
-    loaded: Any = None
-    if run:
-        from ..train.load import load as load_run
-
-        found = load_run(source)
-        model, tokenizer = found.model, found.tokenizer
-    else:
-        loaded = load(source)
-        model = loaded.model
+    opened = [_open(folder) for folder in folders]
+    _same_words(folders)
+    source, first = folders[0], opened[0]
+    model, tokenizer, loaded = first.model, first.tokenizer, first.loaded
     family = to or (loaded.family.model_type if loaded and isinstance(conversion, Resize) else "moestro")
+    files = _tokenizer_files(source, tokenizer)
     receipt = None
     if conversion is not None:
         given: dict[str, Any] = {}
         if text is not None:
             tokenizer = tokenizer or _tokenizer(source, model)
             given = _tokens(Path(text), tokenizer, tokens, min(seq_len, getattr(model.config, "context", seq_len)))
-        model, receipt = conversion.build(model, sources=(str(source),), **given)
-    files = _tokenizer_files(source, tokenizer if run else None)
+        models = [o.model for o in opened] if several else model
+        model, receipt = conversion.build(models, sources=tuple(map(str, folders)), **given)
     with new_folder(out) as new:
         new.rmdir()
         save(model, new, to=family, source=_source(loaded, family), dtype=kind, tokenizer=files)
@@ -146,6 +148,42 @@ def convert(
         if receipt is not None:
             receipt.write(new)
     return receipt
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source. tokenizer: of a run; loaded: of a checkpoint folder."""
+
+    model: nn.Module
+    tokenizer: Tokenizer | None = None
+    loaded: Any = None
+
+
+def _open(source: Path) -> _Opened:
+    from ..train.layout import is_run
+
+    if is_run(source):
+        from ..train.load import load as load_run
+
+        found = load_run(source)
+        return _Opened(found.model, tokenizer=found.tokenizer)
+    from ..convert import load
+
+    loaded = load(source)
+    return _Opened(loaded.model, loaded=loaded)
+
+
+def _same_words(folders: Sequence[Path]) -> None:
+    """Raise `UserError` where the sources' tokenizers give different ids."""
+    known: dict[Path, Any] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            data = json.loads((folder / "tokenizer.json").read_bytes())
+            if isinstance(data, dict) and "model" in data:
+                known[folder] = [data["model"], data.get("added_tokens")]
+    for folder, words in known.items():
+        if words != next(iter(known.values())):
+            raise UserError(f"{folder}: its tokenizer is not that of {next(iter(known))}; models need a common one")
 
 
 def _source(loaded: Any, family: str) -> Any:
@@ -252,7 +290,7 @@ def _read(args: Sequence[str]) -> tuple[Any, Conversion | None]:
     start |= _general(general, recipe)
     if base is not None:
         start |= {n: getattr(base, n) for n in _simple(type(base))}
-    usage = "convert SOURCE OUT [--method NAME]"
+    usage = "convert SOURCE... OUT [--method NAME]"
     options: Any = parse(made, args, verb="convert", usage=usage, default=made(**start))
     if base is None:
         if options.set:
