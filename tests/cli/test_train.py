@@ -16,10 +16,13 @@ from moestro.cli.progress import Bars, Lines, figures
 from moestro.cli.train import read
 from moestro.core.errors import UserError
 from moestro.dispatch.config import examples as exchanges
+from moestro.experts.config import Gated
 from moestro.experts.config import examples as experts
 from moestro.losses.config import examples as losses
 from moestro.models.config import Decoder
 from moestro.models.examples import examples as models
+from moestro.moe.config import AveragedExperts
+from moestro.optim import ExpertAveraging
 from moestro.routers.config import TopK, TopP
 from moestro.routers.examples import examples as routers
 from moestro.tasks.config import StandardLibrary, Text
@@ -110,6 +113,19 @@ def test_another_type_brings_its_own_flags() -> None:
     assert config.model.moe.router.select == TopP(p=0.3)  # type: ignore[union-attr]
     with pytest.raises(UserError, match=r"unknown option '--model.moe.router.select.p'"):
         read(["tiny", "--model.moe.router.select.p", "0.3"])
+
+
+def test_hooks_after_the_step_and_their_layer_are_set_by_name() -> None:
+    """Experts weights averaging (48), from the command line."""
+    hooks = """after=[{"type":"optim.ExpertAveraging","share":0.3}]"""
+    bank = """model.moe={"type":"moe.AveragedExperts","num_experts":4,"experts":{"type":"experts.Gated","width":24}}"""
+    _, config, _ = read(["tiny", "--set", hooks, "--set", bank, "--steps", "3"])
+    assert config.after == (ExpertAveraging(share=0.3),)
+    assert config.model.moe == AveragedExperts(experts=Gated(width=24))
+    assert config.after[0].build(config.model.build(), 3).stacks
+    assert read(["tiny", "--set", 'after=["optim.ExpertAveraging"]'])[1].after == (ExpertAveraging(),)
+    with pytest.raises(UserError, match="share must lie in 0..1"):
+        read(["tiny", "--set", hooks.replace("0.3", "1.3")])
 
 
 def test_data_and_tokenizer() -> None:
