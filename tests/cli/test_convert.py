@@ -62,7 +62,8 @@ def test_several_models_into_one(at, three, capsys):
     flags = ["--method", "btx", "--to", "mixtral", "--text", at / "text.txt"]
     status, out, _ = moestro(capsys, *three, at / "btx", *flags)
     assert status == 0
-    assert "source 2" in out
+    assert "the mean of the outputs of 3 sources" in out
+    assert f"source 2 ({three[2]}) alone" in "".join(out.splitlines())
     receipt = receipts.read(at / "btx")
     assert receipt.sources == tuple(map(str, three))
     assert receipt.measured.unit == "byte"
@@ -200,3 +201,5 @@ def test_a_run_is_a_source(trained, tmp_path, capsys):
     receipts.verify(convert.load(tmp_path / "moe").model, receipt)
     assert moestro(capsys, trained.folder, tmp_path / "ours")[0] == 0
     assert convert.load(tmp_path / "ours").model.config.moe is not None
+    for name in ("moe", "ours"):  # for tools that read nothing but the folder
+        assert (tmp_path / name / "tokenizer.json").is_file()

@@ -197,13 +197,14 @@ def _generation(loaded: Any, out: Path) -> None:
         (out / name).write_bytes((loaded.folder / name).read_bytes())
 
 
-def _tokenizer_files(source: Path, tokenizer: Tokenizer | None) -> Path | None:
-    """The folder whose tokenizer files belong to the new one; bytes need none."""
+def _tokenizer_files(source: Path, tokenizer: Tokenizer | None) -> Path | str | None:
+    """The folder whose tokenizer files belong to the new one, or the word for bytes."""
+    from ..convert.tokenizer import BYTES
     from ..tasks.tokenizer import Bytes
 
-    if isinstance(tokenizer, Bytes) or not (source / "tokenizer.json").is_file():
-        return None
-    return source
+    if isinstance(tokenizer, Bytes):
+        return BYTES
+    return source if (source / "tokenizer.json").is_file() else None
 
 
 def _family(source: Path) -> str:
@@ -251,6 +252,7 @@ def show(receipt: Receipt) -> None:
         ("exact", receipt.exact or "nothing is claimed"),
         ("checked to", "" if receipt.bound is None else "every bit" if receipt.bound == 0 else f"{receipt.bound:g}"),
         ("measured on", f"{m.positions} positions, {m.source}"),
+        ("against", m.against if len(receipt.sources) > 1 else ""),
         ("relative difference", f"{m.relative:.3g}"),
         ("largest difference", f"{m.largest:.3g}"),
         ("KL(old || new)", "" if m.kl is None else f"{m.kl:.3g} nats"),

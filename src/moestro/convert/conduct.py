@@ -172,6 +172,10 @@ def conduct(
         made = make(samples)
         with evaluating(made.model):
             measured = measure(lambda b: mean_output((model, *others), b), lambda b: forward(made.model, b), samples)
+            if others:
+                measured = dataclasses.replace(
+                    measured, against=f"the mean of the outputs of {1 + len(others)} sources"
+                )
             layers = _changes(model, made, samples) if made.changes is None else tuple(made.changes(samples))
             if not math.isfinite(measured.relative):
                 raise ConversionError("the converted model's output is not finite, or that of the given one is not")

@@ -31,6 +31,7 @@ class Measured:
     """Outputs of the old and of the new model on the same inputs.
 
     source: "text", "random tokens" (nothing was given) or "inputs". positions: how many outputs were compared.
+    against: whose outputs the old ones are; of several sources their mean.
     relative: |new - old| / |old| (L2). largest: the largest absolute difference. bitwise: whether all bits are equal.
     kl: mean of KL(old || new) in nats, where outputs are logits. bits_before, bits_after: of the next token, per byte
     where the number of bytes was given (`unit` says "byte"), else per token; None where there was no text.
@@ -45,6 +46,7 @@ class Measured:
     bits_before: float | None = None
     bits_after: float | None = None
     unit: str | None = None
+    against: str = "the source"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

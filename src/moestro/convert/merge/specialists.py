@@ -154,7 +154,7 @@ def _notes(options: Specialists, table: dict[str, Origin], sources: int) -> list
     kept = sorted({o.theirs.split(".", 3)[3] for n, o in table.items() if o.how == "average" and ".attention." in n})
     if attends(options) and kept:
         notes.append(f"attention experts share {', '.join(kept)}: the mean of the sources'")
-    notes.append(f"measured against the mean of the outputs of {sources} sources; counts before are those of one")
+    notes.append("parameters before are those of one source")
     notes.append("layers: what a block adds to the residual stream, over each source's own inputs and outputs")
     return notes
 
