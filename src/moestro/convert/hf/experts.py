@@ -30,6 +30,7 @@ from ...ops.grouped import grouped_linear
 from ...ops.precision import sum_dtype
 from ...ops.rows import rows as derive_rows
 from .few import few
+from .grouped import grouped
 from .recognise import Layout, activation_of, decorated, default_gate, layout_of, original_forward
 
 __all__ = ["NAME", "Explanation", "explain", "forward", "register_experts"]
@@ -95,6 +96,8 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         else:
             y = few(self, layout, x, expert, weight, first, down, *biases)
         return y.to(hidden_states.dtype)
+    if x.device.type == "cpu" and (choice.path == "grouped" or expert.numel() <= FEW):
+        return grouped(self, layout, x, expert, weight, first, down, *biases).to(hidden_states.dtype)
     index = _rows(self, expert, weight, x)
     if choice.path == "fused":
         y = _fused(choice, x, weight, index, first, down, *biases)
@@ -154,7 +157,9 @@ def _few(module: nn.Module, expert: Tensor, *tensors: Tensor) -> bool:
     """Whether there are so few choices, and no gradient, that looking at each of them is the shortest way."""
     if expert.numel() > FEW or expert.device.type != "cpu":
         return False
-    return not torch.is_grad_enabled() or not any(t.requires_grad for t in (*tensors, *module.parameters()))
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t.requires_grad for t in tensors) and not any(p.requires_grad for p in module.parameters())
 
 
 def _choose(module: Any) -> _Choice:
