@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from moestro.cli.app import VERBS
+from moestro.convert import rules
+from moestro.convert.config import METHODS
+from moestro.convert.families import FAMILIES
+from moestro.convert.hf.experts import Path as Path_of_experts
+from moestro.models import published
 from moestro.tasks.config import Text
 from moestro.train.presets import preset
 from moestro.train.run import run
@@ -50,6 +58,59 @@ def test_there_is_code_to_run() -> None:
     assert all(
         found[name] for name in ("README.md", "index.md", "add-a-router.md", "add-an-expert.md", "add-a-paper.md")
     )
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The cells of the table whose header begins with `first`, without backticks."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip().replace("`", "") for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_every_family_is_on_its_page() -> None:
+    assert sorted(row[0] for row in table("checkpoints.md", "`model_type`")) == sorted(FAMILIES)
+
+
+def test_every_conversion_is_on_its_page() -> None:
+    rows = table("conversions.md", "method")
+    assert [(row[0], row[1]) for row in rows] == [(name, kind.__name__) for name, kind in METHODS.items()]
+    for name, kind, *_, text in rows:
+        if text in ("", "yes"):
+            assert getattr(METHODS[name](), "reads_text", False) == (text == "yes"), kind
+
+
+def test_every_kind_of_rule_is_on_its_page() -> None:
+    kinds = {row[0].partition("(")[0] for row in table("add-a-family.md", "rule")}
+    assert kinds == {name for name in rules.__all__ if issubclass(getattr(rules, name, object), rules.Rule)} - {"Rule"}
+
+
+def test_every_path_of_experts_is_on_its_page() -> None:
+    assert [row[0] for row in table("transformers.md", "path")] == list(get_args(Path_of_experts))
+
+
+def test_the_count_of_a_published_model_is_that_of_its_config() -> None:
+    config = published("deepseek-v3")
+    total, active = (f"{n / 1e9:.2f}B" for n in (config.num_params(), config.num_active_params()))
+    text = " ".join((ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8").split())
+    assert f"{total} parameters, {active} active" in text
+
+
+def test_every_verb_is_in_both_tables() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "command-line.md"):
+        text = page.read_text(encoding="utf-8")
+        for verb in VERBS:
+            assert re.search(rf"^\| `(moestro )?{verb}\b", text, re.MULTILINE), f"{page.name} lacks {verb}"
+
+
+def test_the_readme_counts_families() -> None:
+    assert len(FAMILIES) == 17
+    assert "Seventeen families" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"[\w-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_readme_holds_the_commands() -> None:

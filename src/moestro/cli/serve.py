@@ -73,7 +73,7 @@ def prepared(model: str, place: Path) -> Path:
     if not isinstance(data, dict) or "model_type" not in data:
         raise UserError(f"{path / 'config.json'}: names no model_type, so it is no model that transformers loads")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise UserError(f"{path}: has no tokenizer beside the model; write the folder again with one (--tokenizer)")
+        raise UserError(f"{path}: has no tokenizer beside the model; put its files there, tokenizer.json first of all")
     return path
 
 
