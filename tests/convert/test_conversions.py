@@ -47,9 +47,11 @@ def sinks():
     return config.replace(blocks=tuple(b.replace(ffn=MOE.ffn) for b in config.resolved()))
 
 
-@pytest.mark.parametrize("name", [n for n, o in examples().items() if o.several])
+MIXTURES = [(name, False) for name, options in examples().items() if options.several]
+
+
+@pytest.mark.parametrize(("name", "equal"), [*MIXTURES, ("bam_shared", True), ("bam_top", True)])
 @pytest.mark.parametrize("config", [parallel(), sinks()], ids=["parallel", "sinks"])
-@pytest.mark.parametrize("equal", [False, True])
 def test_mixtures_of_other_decoders(config, name, equal):
     """Different ones, and equal ones with weights that sum to 1."""
     options = examples()[name].replace(weigh=Constant()) if equal else examples()[name]

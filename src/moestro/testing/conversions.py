@@ -53,7 +53,7 @@ def check_conversion(
         raise AssertionError("two conversions of one model have different receipts")
     _check_follows(new, convert(_fresh(make, 2))[0], receipt, olds[0])
     if not isinstance(old, nn.Module):
-        _check_each_counts(convert, make, len(olds))
+        _check_each_counts(convert, make, convert(_fresh(make, 1)) if exact is not None else (new, receipt), len(olds))
 
 
 def _each(models: Models) -> list[nn.Module]:
@@ -183,9 +183,11 @@ def _check_follows(new: nn.Module, other: nn.Module, receipt: Receipt, old: nn.M
                 raise AssertionError(f"left without a source: {part} is the same for two different models")
 
 
-def _check_each_counts(convert: Convert, make: Callable[[], Models], number: int) -> None:
+def _check_each_counts(
+    convert: Convert, make: Callable[[], Models], made: tuple[nn.Module, Receipt], number: int
+) -> None:
     """Exchanging one of several models changes every tensor that has a source, of experts at least one."""
-    new, receipt = convert(_fresh(make, 1))
+    new, receipt = made
     first = checksums(new)
     for i in range(number):
         models = _each(_fresh(make, 1))
