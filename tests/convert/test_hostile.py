@@ -343,3 +343,12 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path) -> 
     model.layers[0].mixer.q.register_parameter("bias", torch.nn.Parameter(torch.zeros(24)))
     with pytest.raises(UserError, match=r"layers.0.mixer.q.bias is in the model, which its config does not say"):
         convert.save(model, tmp_path / "out", to="moestro")
+
+
+def test_a_model_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    for config, message in ((None, "has no config"), (object(), "no model of this library; .* save_pretrained")):
+        model = torch.nn.Linear(2, 2)
+        model.config = config  # type: ignore[assignment]
+        with pytest.raises(UserError, match=message):
+            convert.save(model, tmp_path / "out", to="mixtral")
+    assert list(tmp_path.iterdir()) == []

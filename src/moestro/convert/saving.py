@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.config import Config
 from ..core.errors import UserError
 from .apply import to_theirs
 from .boxes import Box, View, read_box
@@ -65,6 +66,11 @@ def save(
     config: Any = getattr(model, "config", None)
     if config is None:
         raise UserError(f"{type(model).__name__} has no config, so its config.json cannot be written")
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{type(model).__name__} is no model of this library; write it with its own save_pretrained, and load that "
+            "folder with convert.load"
+        )
     entries, meta = meta_entries(config)
     tensors: Tensors = ModelTensors(model)
     _same_names(tensors.entries(), entries, type(model).__name__)
