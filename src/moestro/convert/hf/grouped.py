@@ -11,22 +11,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grouped_mm
 
 from ...ops.combine.sums import row_dots, scaled_rows, sum_rows
 from ...ops.expert_mlp import FEW
-from ...ops.pages import large_pages
-from ...ops.precision import autocast_off, operands
+from ...ops.grouped.fused import _CPU_KERNEL
+from ...ops.pages import LARGE, large_pages
+from ...ops.precision import autocast_off, operands, sum_dtype
 from ...ops.rows.host import choices
 from .recognise import Layout
 
 __all__ = ["grouped"]
 
+MANY = 8  # experts with rows, from which one call for all of them is shorter than a call for each
+SHORT = 1024  # choices up to which torch sorts sooner than numpy has been called
+
 
 class _Listed:
     """A few choices as they come, one row each, all of experts that are here: nothing is sorted."""
 
-    def __init__(self, table: list[int], T: int, K: int) -> None:
-        self.experts, self.counts, self.table = table, [1] * len(table), (T, K)
+    def __init__(self, expert: Tensor, experts: list[int]) -> None:
+        self.expert, self.experts, self.counts, self.table = (
+            expert.reshape(-1),
+            experts,
+            [1] * len(experts),
+            expert.shape,
+        )
 
     def gather(self, x: Tensor) -> Tensor:
         return x[:, None].expand(*self.table, x.shape[1]).reshape(-1, x.shape[1])
@@ -43,12 +53,6 @@ class _Listed:
     def dots(self, out: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
         return (self._by_unit(out) * grad[:, None]).sum(2, dtype=weight.dtype)
 
-    def sums(self, grad: Tensor, num_experts: int) -> Tensor:
-        out = grad.new_zeros(num_experts, grad.shape[1])
-        for row, e in zip(grad.unbind(0), self.experts):
-            out.select(0, e).add_(row)
-        return out
-
     def _by_unit(self, rows: Tensor) -> Tensor:
         return rows.view(*self.table, rows.shape[1])
 
@@ -57,11 +61,23 @@ class _Sorted:
     """The choices of experts that are here, sorted by expert, then unit."""
 
     def __init__(self, expert: Tensor, num_experts: int) -> None:
-        found = choices(expert.contiguous(), None, None, num_experts, False)
-        self.unit, _, _, offsets, self.inverse, self.place = found
-        bounds = offsets.tolist()
-        self.experts = [e for e in range(num_experts) if bounds[e + 1] > bounds[e]]
-        self.counts = [bounds[e + 1] - bounds[e] for e in self.experts]
+        table = expert.reshape(-1)
+        lowest, highest = (int(v) for v in table.aminmax()) if 0 < table.numel() <= SHORT else (-1, -1)
+        if lowest >= 0 and highest < num_experts:
+            self.expert, self.place = table.sort(stable=True)
+            self.unit = self.place // expert.shape[1]
+            inverse = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(table.numel()))
+            self.inverse = inverse.view(expert.shape)
+            counts = torch.bincount(table, minlength=num_experts)
+            self.ends = counts.cumsum(0, dtype=torch.int32)
+            counts = counts.tolist()
+        else:
+            found = choices(expert.contiguous(), None, None, num_experts, False)
+            self.unit, _, self.expert, offsets, self.inverse, self.place = found
+            self.ends = offsets[1:].int()
+            counts = offsets.diff().tolist()
+        self.experts = [e for e, n in enumerate(counts) if n]
+        self.counts = [n for n in counts if n]
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.unit)
@@ -79,12 +95,6 @@ class _Sorted:
         found = weight.new_zeros(weight.shape)
         found.view(-1).index_copy_(0, self.place, row_dots(out, grad, self.unit).to(weight.dtype))
         return found
-
-    def sums(self, grad: Tensor, num_experts: int) -> Tensor:
-        out = grad.new_zeros(num_experts, grad.shape[1])
-        for e, rows in zip(self.experts, _split(grad, self)):
-            torch.sum(rows, 0, out=out.select(0, e))
-        return out
 
 
 _Index = _Listed | _Sorted
@@ -122,7 +132,7 @@ def _index(expert: Tensor, num_experts: int) -> _Index:
     if 0 < expert.numel() <= FEW:
         table = expert.reshape(-1).tolist()
         if min(table) >= 0 and max(table) < num_experts:
-            return _Listed(table, *expert.shape)
+            return _Listed(expert, table)
     return _Sorted(expert, num_experts)
 
 
@@ -195,13 +205,18 @@ def _gradients(ctx: Any, grad: Tensor, rows: Tensor, stack: Tensor) -> tuple[Ten
         if ctx.needs_input_grad[1]:
             d_stack = _outer(*((rows, grad) if turned else (grad, rows)), index, stack)
         if ctx.needs_input_grad[2]:
-            d_bias = index.sums(grad, stack.shape[0])
+            dtype = sum_dtype(grad.dtype)
+            d_bias = grad.new_zeros(stack.shape[0], grad.shape[1], dtype=dtype)
+            d_bias = d_bias.index_add_(0, index.expert, grad.to(dtype)).to(grad.dtype)
     return d_rows, d_stack, d_bias
 
 
 def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, turned: bool) -> Tensor:
     """[R, I] x [E, I, O] (not turned: [E, O, I]) -> [R, O]."""
     matrices = stack if turned else stack.transpose(1, 2)
+    if isinstance(index, _Sorted) and _fits(index, rows, matrices if matrices.stride(2) == 1 else matrices.mT):
+        out = grouped_mm(rows, matrices, offs=index.ends)
+        return out if bias is None else out.add_(bias.index_select(0, index.expert))
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
     each = zip(_chosen(matrices, index), _split(rows, index), _split(out, index))
     if bias is None:
@@ -213,15 +228,25 @@ def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, t
     return out
 
 
+def _fits(index: _Sorted, *operands: Tensor) -> bool:
+    """Whether torch's grouped product takes the operands as they are, and it is worth it."""
+    if len(index.experts) <= MANY or operands[0].dtype != torch.float32 or not _CPU_KERNEL:
+        return False
+    return all(t.is_contiguous() and t.shape[-1] % 4 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+
+
 def _outer(a: Tensor, b: Tensor, index: _Index, stack: Tensor) -> Tensor:
     """[R, I] x [R, O] -> [E, I, O], the shape of `stack`; exact zeros for experts without rows."""
+    if isinstance(index, _Sorted) and stack.nbytes < LARGE and _fits(index, a, b):
+        return grouped_mm(a.t(), b, offs=index.ends)
     out = large_pages(torch.empty_like(stack, memory_format=torch.contiguous_format), fresh=True)
+    lefts = torch.split_with_sizes(a.t(), index.counts, 1) if index.counts else ()
     begun: set[int] = set()
-    for e, result, left, right in zip(index.experts, _chosen(out, index), _split(a, index), _split(b, index)):
+    for e, result, left, right in zip(index.experts, _chosen(out, index), lefts, _split(b, index)):
         if e in begun:
-            result.addmm_(left.t(), right)
+            result.addmm_(left, right)
         else:
-            torch.mm(left.t(), right, out=result)
+            torch.mm(left, right, out=result)
             begun.add(e)
     start = 0
     for e in (*sorted(begun), out.shape[0]):
