@@ -84,7 +84,10 @@ def test_padding_changes_nothing(name: str, side: str, training: bool) -> None:
     unit = torch.arange(B * 7)  # what is drawn for a token does not depend on its place in the batch
     places = torch.full((B, 11), -1).masked_scatter(valid, unit)
     want, _, alone = model(x, Signals(unit_id=unit))
-    given = Signals(valid=valid.view(-1), unit_id=places.view(-1))
+    place = None  # absolute positions count from the start of the row unless told
+    if config.positions is not None:
+        place = (torch.arange(11) - (4 if side == "left" else 0)).clamp_min(0).repeat(B)
+    given = Signals(valid=valid.view(-1), unit_id=places.view(-1), position=place)
     got, _, left = model(wide, given)
     assert_close("logits", got[:, real], want, 1e-5)
     for key in alone:

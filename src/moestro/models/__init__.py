@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .config import Block, CrossBlock, Decoder, Encoder, EncoderDecoder, ParallelBlock, Stack
+from .config import (
+    Block,
+    CrossBlock,
+    Decoder,
+    Encoder,
+    EncoderDecoder,
+    ParallelBlock,
+    PostNormBlock,
+    PostNormCrossBlock,
+    Stack,
+)
 from .examples import encoder_decoders, encoders, examples
 from .published import published
 
@@ -13,6 +23,8 @@ __all__ = [
     "Encoder",
     "EncoderDecoder",
     "ParallelBlock",
+    "PostNormBlock",
+    "PostNormCrossBlock",
     "Stack",
     "encoder_decoders",
     "encoders",

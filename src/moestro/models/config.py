@@ -14,6 +14,7 @@ from ..nn.config import (
     Attention,
     CrossAttention,
     FeedForward,
+    LayerNorm,
     Mixer,
     Norm,
     RelativeBias,
@@ -65,8 +66,26 @@ class CrossBlock(Block):
 
 
 @config
+@config
+class PostNormBlock(Block):
+    """Mixer, residual, norm; feed-forward layer, residual, norm (the first Transformer, BERT). Built with (dim)."""
+
+    builds: ClassVar[str] = "moestro.models.post_norm:PostNormBlock"
+    norm: Norm = LayerNorm()
+    """The norms after both sums."""
+
+
+@config
+class PostNormCrossBlock(CrossBlock):
+    """A post-norm block that also looks at a memory, between mixer and feed-forward layer. Built with (dim)."""
+
+    builds: ClassVar[str] = "moestro.models.post_norm:PostNormCrossBlock"
+    norm: Norm = LayerNorm()
+    """The norms after all three sums."""
+
+
 class Stack(Config):
-    """Base of networks of pre-norm blocks.
+    """Base of networks of blocks.
 
     Either `attention`, `ffn`, `moe`, `layout` and `num_experts` describe the blocks, or `blocks` lists them one by one.
     """
@@ -166,16 +185,21 @@ class Stack(Config):
             if kind == "moe" and self.moe is not None:
                 ffn = self.moe if self.num_experts is None else self.moe.replace(num_experts=next(counts))
             parts: dict[str, Any] = {"residual_scale": self.residual_scale, "dropout": self.dropout}
-            blocks.append(Block(mixer=self.attention, ffn=ffn, norm=self.norm, **parts))
+            kind_of = Block if self.norm_order == "pre" else PostNormBlock
+            blocks.append(kind_of(mixer=self.attention, ffn=ffn, norm=self.norm, **parts))
         return tuple(blocks)
 
 
 @config
 class Decoder(Stack):
-    """A causal language model of pre-norm blocks.
+    """A causal language model.
 
     Either `attention`, `ffn`, `moe`, `layout` and `num_experts` describe the blocks, or `blocks` lists them one by one.
     """
+    def ends_normed(self) -> bool:
+        """Whether the last block ends in a norm, so that no further one follows."""
+        return isinstance(self.resolved()[-1], PostNormBlock | PostNormCrossBlock)
+
 
     builds: ClassVar[str] = "moestro.models.decoder:Decoder"
     tied: bool = False
@@ -198,7 +222,8 @@ class Decoder(Stack):
         if self.blocks is not None:
             raise UserError("Decoder.blocks: say their cross-attention themselves (CrossBlock); leave cross unset")
         cross = {"cross": self.cross, "source_dim": self.source_dim}
-        return tuple(CrossBlock(**{f.name: getattr(b, f.name) for f in dataclasses.fields(b)}, **cross) for b in made)
+        kind = CrossBlock if self.norm_order == "pre" else PostNormCrossBlock
+        return tuple(kind(**{f.name: getattr(b, f.name) for f in dataclasses.fields(b)}, **cross) for b in made)
 
     def branches(self) -> int:
         return sum(3 if isinstance(b, CrossBlock) else 2 for b in self.resolved())

@@ -25,6 +25,7 @@ class CrossBlock(Block):
         super().__init__(config, dim)
         self.cross_norm = config.norm.build(dim)
         self.cross = config.cross.build(dim, config.source_dim)
+        self.draws = self.draws or bool(config.cross.dropout)
 
     def forward(
         self, h: Tensor, signals: Signals, carry: Carry, bias: Tensor | None = None, memory: Memory | None = None

@@ -97,6 +97,14 @@ def examples() -> dict[str, Decoder]:
         "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),
     }
 
+        "post_norm": base.replace(
+            attention=_ATTENTION.replace(positions=None),
+            positions=Learned(),
+            norm=LayerNorm(),
+            norm_order="post",
+            embedding_norm=LayerNorm(),
+            layout=("moe", "dense"),
+        ),
 
 def encoders() -> dict[str, Encoder]:
     """Name -> config of encoders, each built in milliseconds."""
@@ -126,6 +134,14 @@ def encoders() -> dict[str, Encoder]:
     }
 
 
+        "post_norm": base.replace(
+            attention=plain.replace(bias="all"),
+            positions=Learned(),
+            norm=LayerNorm(),
+            norm_order="post",
+            embedding_norm=LayerNorm(),
+            layout=("dense", "moe"),
+        ),
 def encoder_decoders() -> dict[str, EncoderDecoder]:
     """Name -> config of encoder-decoders, each built in milliseconds."""
     t5, moe = encoders()["t5"], encoders()["moe"]
@@ -155,5 +171,9 @@ def encoder_decoders() -> dict[str, EncoderDecoder]:
         ),
         "dense": EncoderDecoder(
             encoder=moe.replace(moe=None, **learned), decoder=writer.replace(moe=None, tied=True, **learned)
+        ),
+        "post_norm": EncoderDecoder(
+            encoder=encoders()["post_norm"],
+            decoder=examples()["post_norm"].replace(cross=cross, tied=True, embedding_norm=None),
         ),
     }

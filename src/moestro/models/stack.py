@@ -39,6 +39,11 @@ class Embedding(nn.Embedding):
         return {"weight": ParamInfo(role="embedding", matrix_axes=(0, 1), decay=False)}
 
 
+def _embedding(config: StackConfig) -> nn.Module:
+    sizes = config.vocab_size, config.dim, config.embedding_scale
+    return Embedding(*sizes) if config.embedding is None else config.embedding.build(*sizes)
+
+
 class TiedEmbedding(nn.Module):
     """Token embeddings from another module's table. It has no parameters, so none is saved twice."""
 
@@ -102,7 +107,8 @@ class Stack(nn.Module):
         self.config = config
         self.embed: Any = Embedding(config.vocab_size, config.dim, config.embedding_scale) if embed is None else embed
         self.layers = nn.ModuleList(block.build(config.dim) for block in config.resolved())
-        self.norm = config.norm.build(config.dim)
+        self.norm: nn.Module = nn.Identity() if config.ends_normed() else config.norm.build(config.dim)
+        self.embed_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None
         self.positions = config.positions.build(config.dim, config.context) if config.positions else None
         self.relative = config.relative_bias.build(*config.heads()) if config.relative_bias else None
 
@@ -122,7 +128,7 @@ class Stack(nn.Module):
         memory: Memory | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
         """Blocks `start` to `stop` (exclusive; None = to the end). The final norm belongs to the end: a run through the
-        last block returns what `head` takes. Positions that are added to embeddings belong to the first block.
+        last block returns what `head` takes. Positions, norm and dropout of embeddings belong to the first block.
         """
         signals = Signals() if signals is None else signals
         carry = Carry() if carry is None else carry
@@ -136,17 +142,20 @@ class Stack(nn.Module):
         names = [f"layers.{i}" for i in range(start, stop)]
         parts, after = carry.apart(names), carry
         more: dict[str, Any] = {}
-        if self.config.dropout and self.training and start == 0 and parts:
-            h = dropped(h, self.config.dropout, "embed", signals, parts[0].get("mixer"))
         if self.positions is not None or self.relative is not None:
             before = length_of(parts[0].get("mixer")) if parts else 0
             if self.positions is not None and start == 0 and parts:
                 h = self.positions(h, signals.position, before)
             if self.relative is not None:
                 more["bias"] = self.relative(h.shape[1], before + h.shape[1])
+        if start == 0 and parts:
+            if self.embed_norm is not None:
+                h = self.embed_norm(h)
+            if self.config.dropout and self.training:
+                h = dropped(h, self.config.dropout, "embed", signals, parts[0].get("mixer"))
         for i, (name, layer) in enumerate(zip(names, list(self.layers)[start:stop], strict=True)):
             inner, seen = changed(after, own=parts[i]), signals
-            draws = self.training and getattr(layer, "dropout", 0)
+            draws = self.training and getattr(layer, "draws", False)
             if (draws or getattr(layer, "routed", False)) and signals.places is None:
                 state = inner.own.get("mixer")
                 length = length_of(state)

@@ -8,17 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.draws import fold
 from ..core.errors import UserError
 from ..core.params import ParamInfo
 from ..core.signals import Signals
 from ..ops.few import attend_one
-from . import sinks
+from . import dropped, sinks
 from .cache import KVCache
 from .config import Attention as AttentionConfig
 from .config import RelativeBias as RelativeBiasConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
-from .mask import kernel_mask, per_row
+from .mask import kernel_mask, per_row, visible
 from .norm import RMSNorm, plain
 from .operator import Operator, mean_map
 from .relative import joined
@@ -39,6 +40,9 @@ class Attention(nn.Module):
 
     gate [B, S, H]: a factor on each head's output, before the output map (mixtures of attention experts).
     bias [1, H, S, N']: added to the scores of the last N' keys, at least as many as there are (`nn.relative`).
+
+    config.dropout: in training, entries of the attention maps are dropped by draws of `signals.seed` and the queries'
+    unit ids; the operator below is without.
 
     With `operator=True` the call returns a third value, the attention as an operator on the units: v [B*N, C] -> A v
     [B*S, C], the mean over heads of the attention map times v, where N >= the number of keys held are the last units
@@ -68,6 +72,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(norm, sizes[0]) if config.qk_norm else None
         self.k_norm = RMSNorm(norm, sizes[1]) if config.qk_norm else None
         self.causal = config.causal
+        self.dropout = config.dropout
         positions = config.positions
         self.positions = self.relative = None
         if isinstance(positions, RelativeBiasConfig):
@@ -113,7 +118,7 @@ class Attention(nn.Module):
         own: dict[str, Any] = self._modules  # as self.q and so on, for a quarter of the time
         q, k, v = products(x, own["q"], own["k"], own["v"], signals=signals)
         one = S == 1 and state is not None and valid is None and position is None and segment is None
-        one = one and bias is None and self.relative is None
+        one = one and bias is None and self.relative is None and not (self.dropout and self.training)
         norms = self._plain_head_norms() if one else None
         if self.config.qk_norm is not None and norms is None:
             q, k = self._normed(q, k)
@@ -150,7 +155,10 @@ class Attention(nn.Module):
             bias = own_bias if bias is None else bias[..., -k.shape[2] :] + own_bias
         if bias is not None:
             mask, causal = joined(bias, mask, causal, k.shape[2], q.dtype), False
-        y = self._attend(q, k, v, mask, causal)
+        if self.dropout and self.training:
+            y = self._drop(q, k, v, mask, causal, signals, k.shape[2] - S)
+        else:
+            y = self._attend(q, k, v, mask, causal)
         y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate, signals)
         if not operator:
             return y, state
@@ -179,6 +187,16 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=k.shape[1] != q.shape[1]
         )
+
+    def _drop(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, signals: Signals | None, start: int
+    ) -> Tensor:
+        B, _, S, _ = q.shape
+        if causal:
+            mask = visible(S, S, device=q.device)
+        units = dropped.unit_ids(signals, B, S, start, q.device)
+        seed = fold(0 if signals is None else signals.seed, "dropout.attention")
+        return dropped.attend(q, k, v, self.dropout, seed, units, mask, self.scale)
 
     def _plain_head_norms(self) -> HeadNorms | None:
         """What `attend_one` needs to norm heads itself; None where there are no such norms, or they must be called."""
@@ -233,5 +251,5 @@ class Attention(nn.Module):
 
     def extra_backward_flops(self, seq_len: int) -> int:
         """What a backward pass costs beyond two forward passes: the scores are computed again, unless they have a
-        learned bias, for which the plain path keeps them."""
-        return 0 if self.relative is not None else self.extra_flops(seq_len) // 2
+        learned bias or are dropped from, for which the plain path keeps them."""
+        return 0 if self.relative is not None or self.dropout else self.extra_flops(seq_len) // 2

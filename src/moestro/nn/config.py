@@ -202,6 +202,11 @@ class Sinusoidal(AbsolutePositions):
         self.positive("base")
 
 
+def _check_dropout(config: Config, share: float) -> None:
+    if not 0 <= share < 1:
+        raise UserError(f"{type(config).__name__}.dropout: {share} does not lie in [0, 1)")
+
+
 # Mixers -------------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +242,8 @@ class Attention(Mixer):
     """Factor on the scores; None = head_dim ** -0.5."""
     sinks: bool = False
     """Whether every head has a learned logit that joins the softmax and stands for looking at nothing (GPT-OSS)."""
+    dropout: float = 0.0
+    """Share of the entries of the attention maps that is dropped in training (Vaswani et al. 2017)."""
 
     def __post_init__(self) -> None:
         kv = self.num_kv_heads if self.num_kv_heads is not None else self.num_heads
@@ -248,6 +255,9 @@ class Attention(Mixer):
             raise UserError("Attention.window: windows look back only; leave it None where causal is False")
         if self.sinks and isinstance(self.positions, RelativeBias):
             raise UserError("Attention.sinks: cannot be joined with a relative bias on the scores; leave one out")
+        _check_dropout(self, self.dropout)
+        if self.sinks and self.dropout:
+            raise UserError("Attention.sinks: cannot be joined with dropout of the attention maps; leave one out")
 
     def width(self, dim: int) -> int:
         """Width of one head in a model of width `dim`."""
@@ -317,8 +327,11 @@ class CrossAttention(Config):
     """Which projections have a bias."""
     scale: float | None = None
     """Factor on the scores; None = head_dim ** -0.5."""
+    dropout: float = 0.0
+    """Share of the entries of the attention maps that is dropped in training."""
 
     def __post_init__(self) -> None:
+        _check_dropout(self, self.dropout)
         self.attention()
 
     def attention(self) -> Attention:

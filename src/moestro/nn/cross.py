@@ -7,9 +7,11 @@ import dataclasses
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.draws import fold
 from ..core.errors import UserError
 from ..core.pytree import pytree
 from ..core.signals import Signals
+from . import dropped
 from .config import CrossAttention as CrossAttentionConfig
 from .config import RMSNorm as RMSNormConfig
 from .linear import products
@@ -43,7 +45,7 @@ class CrossAttention(nn.Module):
     Shapes: x [B, S, D], memory of N units [B, N, D'] -> y [B, S, D]. Padding of the memory is seen by nobody; a
     sequence whose memory is all padding gets a finite y that means nothing. state None = nothing is kept; `new_state()`
     starts a cache, and a filled one stands in for the memory, which is not looked at again. signals: of x, for adapted
-    maps that look at them.
+    maps that look at them, and for the draws of dropout.
     """
 
     role = "attention"
@@ -84,7 +86,13 @@ class CrossAttention(nn.Module):
         q = (q if self.q_norm is None else self.q_norm(q)).transpose(1, 2)
         mask = None if valid is None else (valid | ~valid.any(1, keepdim=True))[:, None, None]
         grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=self.config.scale, enable_gqa=grouped)
+        scale, share = self.config.scale, self.config.dropout
+        if share and self.training:
+            units = dropped.unit_ids(signals, B, S, 0, x.device)
+            seed = fold(0 if signals is None else signals.seed, "dropout.cross_attention")
+            y = dropped.attend(q, key, value, share, seed, units, mask, scale)
+        else:
+            y = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
         (y,) = products(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), self.o, signals=signals)
         return y, None if state is None else seen
 
@@ -105,5 +113,6 @@ class CrossAttention(nn.Module):
         return 4 * self.num_heads * self.head_dim * seq_len
 
     def extra_backward_flops(self, seq_len: int) -> int:
-        """What a backward pass costs beyond two forward passes: the scores are computed again."""
-        return self.extra_flops(seq_len) // 2
+        """What a backward pass costs beyond two forward passes: the scores are computed again; with dropout, the
+        plain path keeps them."""
+        return 0 if self.config.dropout else self.extra_flops(seq_len) // 2
