@@ -66,7 +66,6 @@ class CrossBlock(Block):
 
 
 @config
-@config
 class PostNormBlock(Block):
     """Mixer, residual, norm; feed-forward layer, residual, norm (the first Transformer, BERT). Built with (dim)."""
 
@@ -84,6 +83,7 @@ class PostNormCrossBlock(CrossBlock):
     """The norms after all three sums."""
 
 
+@config
 class Stack(Config):
     """Base of networks of blocks.
 
@@ -189,6 +189,10 @@ class Stack(Config):
             blocks.append(kind_of(mixer=self.attention, ffn=ffn, norm=self.norm, **parts))
         return tuple(blocks)
 
+    def ends_normed(self) -> bool:
+        """Whether the last block ends in a norm, so that no further one follows."""
+        return isinstance(self.resolved()[-1], PostNormBlock | PostNormCrossBlock)
+
 
 @config
 class Decoder(Stack):
@@ -196,10 +200,6 @@ class Decoder(Stack):
 
     Either `attention`, `ffn`, `moe`, `layout` and `num_experts` describe the blocks, or `blocks` lists them one by one.
     """
-    def ends_normed(self) -> bool:
-        """Whether the last block ends in a norm, so that no further one follows."""
-        return isinstance(self.resolved()[-1], PostNormBlock | PostNormCrossBlock)
-
 
     builds: ClassVar[str] = "moestro.models.decoder:Decoder"
     tied: bool = False

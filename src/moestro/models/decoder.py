@@ -73,8 +73,8 @@ class Block(nn.Module):
         self.routed_ffn = isinstance(config.ffn, MoELayer)
         self.threads = bool(getattr(self.mixer, "threads", False))
         self.routed = self.routed_ffn or self.threads
-
         self.draws = bool(config.dropout or getattr(config.mixer, "dropout", 0))
+
     def norms(self, config: BlockConfig, dim: int) -> None:
         """Build the norms."""
         self.mixer_norm = config.norm.build(dim)

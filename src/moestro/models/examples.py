@@ -94,9 +94,6 @@ def examples() -> dict[str, Decoder]:
         "tied_bias": base.replace(tied=True, head_bias=True),
         "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
         "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),
-        "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),
-    }
-
         "post_norm": base.replace(
             attention=_ATTENTION.replace(positions=None),
             positions=Learned(),
@@ -105,6 +102,9 @@ def examples() -> dict[str, Decoder]:
             embedding_norm=LayerNorm(),
             layout=("moe", "dense"),
         ),
+        "shared_keys": base.replace(blocks=(Block(mixer=top1, ffn=_DENSE), Block(mixer=top1, ffn=_MOE))),
+    }
+
 
 def encoders() -> dict[str, Encoder]:
     """Name -> config of encoders, each built in milliseconds."""
@@ -131,9 +131,6 @@ def encoders() -> dict[str, Encoder]:
             layout=("moe", "dense"),
         ),
         "blocks": base.replace(blocks=(own, Block(mixer=both, ffn=_DENSE)), positions=Sinusoidal()),
-    }
-
-
         "post_norm": base.replace(
             attention=plain.replace(bias="all"),
             positions=Learned(),
@@ -142,6 +139,9 @@ def encoders() -> dict[str, Encoder]:
             embedding_norm=LayerNorm(),
             layout=("dense", "moe"),
         ),
+    }
+
+
 def encoder_decoders() -> dict[str, EncoderDecoder]:
     """Name -> config of encoder-decoders, each built in milliseconds."""
     t5, moe = encoders()["t5"], encoders()["moe"]
@@ -169,11 +169,11 @@ def encoder_decoders() -> dict[str, EncoderDecoder]:
             shared=False,
             start=1,
         ),
-        "dense": EncoderDecoder(
-            encoder=moe.replace(moe=None, **learned), decoder=writer.replace(moe=None, tied=True, **learned)
-        ),
         "post_norm": EncoderDecoder(
             encoder=encoders()["post_norm"],
             decoder=examples()["post_norm"].replace(cross=cross, tied=True, embedding_norm=None),
+        ),
+        "dense": EncoderDecoder(
+            encoder=moe.replace(moe=None, **learned), decoder=writer.replace(moe=None, tied=True, **learned)
         ),
     }
