@@ -20,6 +20,7 @@ from ..nn.config import (
     RelativeBias,
     RMSNorm,
 )
+from ..nn.embeddings import FrozenEmbedding
 
 
 def _check_dropout(config: Config, share: float) -> None:
@@ -110,6 +111,8 @@ class Stack(Config):
     """Every block in full; replaces attention, ffn, moe, layout and num_experts."""
     norm: Norm = RMSNorm()
     """The norms of the blocks and the last one."""
+    embedding: FrozenEmbedding | None = None
+    """An embedding that is fixed in advance and never trained; None = a learned table."""
     embedding_scale: float | None = None
     """Factor on embeddings (Gemma: sqrt(dim)); None = 1."""
     residual_scale: float = 1.0

@@ -18,6 +18,7 @@ from ..nn.config import (
     Sinusoidal,
     YaRN,
 )
+from ..nn.embeddings import Glyphs, IdCode
 from ..routers.config import (
     GroupLimited,
     Linear,
@@ -91,6 +92,8 @@ def examples() -> dict[str, Decoder]:
         "sparse_mixer": base.replace(
             attention=_ATTENTION.replace(positions=Rotary(scaling=long)), moe=mixed, norm=LayerNorm(), head_bias=True
         ),
+        "id_code": base.replace(embedding=IdCode(bits=8), embedding_scale=0.5, layout=("dense", "moe")),
+        "glyphs": base.replace(embedding=Glyphs(cell=8), moe=None, tied=True),
         "tied_bias": base.replace(tied=True, head_bias=True),
         "parallel": base.replace(blocks=(ParallelBlock(mixer=_ATTENTION, ffn=_MOE),) * 2),
         "attention_experts": base.replace(blocks=(ParallelBlock(mixer=attentions, ffn=_MOE),) * 2, checkpoint=True),

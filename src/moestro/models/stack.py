@@ -44,6 +44,11 @@ def _embedding(config: StackConfig) -> nn.Module:
     return Embedding(*sizes) if config.embedding is None else config.embedding.build(*sizes)
 
 
+def _embedding(config: StackConfig) -> nn.Module:
+    sizes = config.vocab_size, config.dim, config.embedding_scale
+    return Embedding(*sizes) if config.embedding is None else config.embedding.build(*sizes)
+
+
 class TiedEmbedding(nn.Module):
     """Token embeddings from another module's table. It has no parameters, so none is saved twice."""
 
@@ -105,7 +110,7 @@ class Stack(nn.Module):
     def __init__(self, config: StackConfig, embed: nn.Module | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed: Any = Embedding(config.vocab_size, config.dim, config.embedding_scale) if embed is None else embed
+        self.embed: Any = _embedding(config) if embed is None else embed
         self.layers = nn.ModuleList(block.build(config.dim) for block in config.resolved())
         self.norm: nn.Module = nn.Identity() if config.ends_normed() else config.norm.build(config.dim)
         self.embed_norm = config.embedding_norm.build(config.dim) if config.embedding_norm else None

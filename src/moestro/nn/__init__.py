@@ -25,6 +25,7 @@ from .config import (
     Sinusoidal,
     YaRN,
 )
+from .embeddings import FrozenEmbedding, FrozenTable, Glyphs, IdCode
 
 __all__ = [
     "FFN",
@@ -32,6 +33,10 @@ __all__ = [
     "Attention",
     "CrossAttention",
     "FeedForward",
+    "FrozenEmbedding",
+    "FrozenTable",
+    "Glyphs",
+    "IdCode",
     "Interpolated",
     "LatentAttention",
     "LayerNorm",
