@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 import types
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -78,6 +79,24 @@ def test_every_conversion_is_on_its_page() -> None:
     for name, kind, *_, text in rows:
         if text in ("", "yes"):
             assert getattr(METHODS[name](), "reads_text", False) == (text == "yes"), kind
+
+
+def test_the_receipt_on_its_page_is_that_of_the_code() -> None:
+    """Measured figures and checksums differ between machines; all else is equal."""
+    page = ROOT / "docs" / "conversions.md"
+    text = page.read_text(encoding="utf-8")
+    shown = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    made: dict[str, Any] = {}
+    exec(blocks(page)[0][1], made)
+    found = made["receipt"].to_dict()
+    assert shown.keys() == found.keys()
+    assert shown["checksums"].keys() <= found["checksums"].keys()
+    assert shown["measured"].keys() == found["measured"].keys()
+    for said, row in zip(shown["layers"], found["layers"], strict=True):
+        assert {**said, "distance": None} == {**row, "distance": None}
+    rest = shown.keys() - {"checksums", "measured", "layers"}
+    assert {name: shown[name] for name in rest} == {name: found[name] for name in rest}
+    assert found["measured"]["relative"] < 1e-6
 
 
 def test_every_kind_of_rule_is_on_its_page() -> None:
