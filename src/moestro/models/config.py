@@ -110,7 +110,11 @@ class Stack(Config):
     blocks: tuple[Block, ...] | None = None
     """Every block in full; replaces attention, ffn, moe, layout and num_experts."""
     norm: Norm = RMSNorm()
-    """The norms of the blocks and the last one."""
+    """The norms of the blocks and the last one, which stacks lack whose last block ends in a norm."""
+    norm_order: Literal["pre", "post"] = "pre"
+    """Whether blocks norm what their parts read or the sums they make (the first Transformer); `blocks` say it."""
+    embedding_norm: Norm | None = None
+    """A norm of the embeddings, after positions are added and before dropout (BERT); None = none."""
     embedding: FrozenEmbedding | None = None
     """An embedding that is fixed in advance and never trained; None = a learned table."""
     embedding_scale: float | None = None
