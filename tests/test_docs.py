@@ -92,6 +92,8 @@ def test_the_receipt_on_its_page_is_that_of_the_code() -> None:
     assert shown.keys() == found.keys()
     assert shown["checksums"].keys() <= found["checksums"].keys()
     assert shown["measured"].keys() == found["measured"].keys()
+    for name in ("source", "positions", "unit", "against"):
+        assert shown["measured"][name] == found["measured"][name]
     for said, row in zip(shown["layers"], found["layers"], strict=True):
         assert {**said, "distance": None} == {**row, "distance": None}
     rest = shown.keys() - {"checksums", "measured", "layers"}
