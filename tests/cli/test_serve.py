@@ -82,7 +82,6 @@ def test_what_cannot_be_served_is_said(tmp_path: Path) -> None:
 
 
 def test_the_server_completes_text(trained: Trained, folder: Path) -> None:
-    pytest.importorskip("fastapi")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
