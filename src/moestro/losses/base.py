@@ -24,7 +24,7 @@ class PlanLoss(Generic[C]):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
 
     def __init__(self, config: C) -> None:
         self.config: C = config

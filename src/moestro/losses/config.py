@@ -5,6 +5,27 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from ..core.config import Config, config
+from .pair_config import MNR, MNRPlus, PairLoss, pair_examples
+
+__all__ = [
+    "MNR",
+    "GShardBalance",
+    "ImportanceCV2",
+    "LoadCV2",
+    "Loss",
+    "MNRPlus",
+    "MutualInformation",
+    "PairLoss",
+    "PerUnitBalance",
+    "RoutingEntropy",
+    "SequenceBalance",
+    "SpecifiedExpert",
+    "SwitchBalance",
+    "TokenInformation",
+    "ZLoss",
+    "examples",
+    "pair_examples",
+]
 
 
 @config
@@ -127,6 +148,17 @@ class MutualInformation(Loss):
         self.at_least(1, "num_tasks")
 
 
+@config
+class SpecifiedExpert(Loss):
+    """Mean cross-entropy of the router's logits to the expert that a signal names, nats (brief 34, first version)."""
+
+    builds: ClassVar[str] = "moestro.losses.distribution:SpecifiedExpertLoss"
+    coefficient: float = 0.01
+    """Factor with which the loss joins the total; 0 = computed and logged only."""
+    signal: Literal["label", "task"] = "task"
+    """The signal that holds expert numbers; -1 = none is asked for."""
+
+
 def examples() -> dict[str, Loss]:
     """One small config of every loss, by name; tests of third parties and of this library are generated from it."""
     return {
@@ -142,4 +174,5 @@ def examples() -> dict[str, Loss]:
         "token_information": TokenInformation(),
         "mutual_information": MutualInformation(),
         "mutual_information_counts": MutualInformation(num_tasks=3, prior="counts"),
+        "specified_expert": SpecifiedExpert(),
     }

@@ -1,4 +1,4 @@
-"""Losses on the router's logits and distributions: z-loss, entropy, and two kinds of information."""
+"""Losses on the router's logits and distributions: z-loss, entropy, two kinds of information, and named experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.stats import Stats
 from . import config as configs
 from .base import PlanLoss, distribution, logits, need, ratio, real_distribution, units
 
-__all__ = ["MutualInformationLoss", "RoutingEntropyLoss", "TokenInformationLoss", "ZLossTerm"]
+__all__ = ["MutualInformationLoss", "RoutingEntropyLoss", "SpecifiedExpertLoss", "TokenInformationLoss", "ZLossTerm"]
 
 
 class ZLossTerm(PlanLoss[configs.ZLoss]):
@@ -98,6 +98,37 @@ class MutualInformationLoss(PlanLoss[configs.MutualInformation]):
         prior = (weight.to(conditional.dtype) / weight.sum().clamp_min(1))[:, None]
         marginal = (prior * conditional).sum(0)
         return (prior[:, 0] * _entropy(conditional)).sum() - _entropy(marginal)
+
+
+class SpecifiedExpertLoss(PlanLoss[configs.SpecifiedExpert]):
+    """Mean over units of -log softmax(logits)_e with e the expert that the unit's signal names, nats; over all ids.
+
+    Units of -1 are left out. Source: expert loss of 34 (arXiv 2401.15713), first version, which takes the mean of the
+    logits over layers first: the layers' terms with a coefficient divided by their number bound that from above.
+    Needs the signal, [T] int64. Sums: nats [], units [] int64.
+    """
+
+    name = "specified_expert_loss"
+
+    def __init__(self, config: configs.SpecifiedExpert) -> None:
+        super().__init__(config)
+        self.needs = (config.signal,)
+
+    def stats(self, plan: AnyPlan, **tensors: Tensor) -> Stats:
+        signal = self.config.signal
+        wanted, table = need(self, tensors, signal), logits(plan, self)
+        ids = table.shape[1]
+        look = wanted.device.type == "cpu" and not torch.compiler.is_compiling() and wanted.numel() > 0
+        if look and int(wanted.max()) >= ids:
+            raise UserError(f"{self.name}: signals.{signal} names expert {int(wanted.max())} of {ids}; 0..{ids - 1}")
+        counted = wanted >= 0
+        if plan.valid is not None:
+            counted = counted & plan.valid
+        chosen = torch.log_softmax(table, dim=-1).gather(1, wanted.clamp_min(0)[:, None])[:, 0]
+        return Stats({"nats": -torch.where(counted, chosen, 0.0).sum(), "units": counted.sum()})
+
+    def value(self, stats: Stats) -> Tensor:
+        return ratio(stats["nats"], stats["units"])
 
 
 def _entropy(probs: Tensor) -> Tensor:
