@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from moestro.core.plan import AnyPlan, Dense, ExpertChoice, Plan
 from moestro.core.signals import Signals
 from moestro.routers import Router, examples
 from moestro.routers.router import StepRouter
+from moestro.testing.attend import Map, causal_map
 
 DIM, E = 16, 8
 EXAMPLES = examples()
@@ -43,22 +45,25 @@ def units(T: int, dim: int = DIM, seed: int = 1, dtype: torch.dtype = torch.floa
 
 def signals(T: int, per_segment: int = 8, **more: object) -> Signals:
     n = torch.arange(T)
-    given = {
+    given: dict[str, Any] = {
         "segment": n // per_segment,
         "position": n % per_segment,
         "label": n * 3 % E,
         "task": n * 5 % E,
         "unit_id": n,
         "seed": 1234,
+        **more,
     }
-    return Signals(**{**given, **more})  # type: ignore[arg-type]
+    given.setdefault("attend", causal_map(given["segment"], given.get("valid")))
+    return Signals(**given)  # type: ignore[arg-type]
 
 
 def take(given: Signals, index: Tensor) -> Signals:
     """The signals of some of the units."""
     per_unit = ("valid", "position", "segment", "label", "task", "unit_id")
     cut = {n: t[index] for n in per_unit if (t := getattr(given, n)) is not None}
-    return dataclasses.replace(given, **cut)
+    assert isinstance(given.attend, Map)
+    return dataclasses.replace(given, **cut, attend=given.attend.take(index))
 
 
 def weights(plan: AnyPlan, num_experts: int = E) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moestro.core.signals import Signals
 from moestro.routers import examples
+from moestro.testing.attend import causal_map
 
 T, D, E = 6, 12, 8
 
@@ -28,6 +29,7 @@ def test_a_router_is_one_graph(name: str) -> None:
         segment=units // 3,
         task=units % 4,
         label=torch.tensor([3, 0, 7, 1, -1, 3]),
+        attend=causal_map(units // 3),
     )
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(0))
     got, want = compiled(x, signals)[0], router(x, signals)[0]

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from moestro.core.plan import demand, load
 from moestro.core.signals import Signals
 from moestro.routers import Constant, Partition, Router, Uniform

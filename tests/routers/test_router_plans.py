@@ -28,6 +28,7 @@ from moestro.routers import (
     TopK,
 )
 from moestro.routers.order import highest
+from moestro.testing.attend import Map
 from moestro.testing.routers import check_router
 from routers.router_cases import (
     DIM,
@@ -144,7 +145,9 @@ def test_padding_changes_nothing(name: str) -> None:
     wide |= {f: torch.full((n,), 3).index_copy(0, place, getattr(given, f)) for f in ("label", "task")}
     for content in (0.0, 50.0):
         x = torch.full((n, DIM), content).index_copy(0, place, units(T))
-        padded, _ = router(x, dataclasses.replace(given, valid=valid, **wide))
+        assert isinstance(given.attend, Map)
+        attend = given.attend.spread(n, place)
+        padded, _ = router(x, dataclasses.replace(given, valid=valid, attend=attend, **wide))
         padded.check()
         assert torch.equal(rows(padded)[place], rows(alone))
         assert not rows(padded)[~valid].any()
@@ -194,6 +197,7 @@ def test_which_routers_say_they_are_not_causal() -> None:
         "capacity-batch-prioritised",
         "capacity-recycle",
         "gshard",
+        "similarity-mix-top-p",
     }
 
 

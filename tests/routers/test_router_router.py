@@ -230,7 +230,8 @@ def test_meta_tensors_pass_through() -> None:
         for name, example in EXAMPLES.items():
             if "segment" not in build_needs(name):
                 router = example.build(dim=DIM, num_experts=E)
-                given = Signals(**{n: torch.empty(6, dtype=torch.int64) for n in router.needs})
+                needed = {n: torch.empty(6, dtype=torch.int64) for n in router.needs if n != "attend"}
+                given = Signals(**needed, attend=lambda v: torch.empty(6, 6) @ v)
                 assert router(torch.empty(6, DIM), given)[0].weight.is_meta, name
 
 

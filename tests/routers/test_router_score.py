@@ -146,5 +146,5 @@ def test_parameters_are_described_and_flops_counted(name: str) -> None:
     assert {info.role for info in describe(router).values()} <= {"router"}
     with FlopCounterMode(display=False) as counter:
         router(units(3), signals(3))
-    assert counter.get_total_flops() == 3 * cost(router).flops
+    assert counter.get_total_flops() == 3 * cost(router, 3).flops
     assert cost(router).params == sum(p.numel() for p in router.parameters())

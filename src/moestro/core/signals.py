@@ -29,6 +29,8 @@ class Signals:
         progress: share of training done, 0..1. seed: integer already folded with step, pass and module path.
 
     Static:
+        rows: how many sequences of equal length the units are, one after the other; None = not said. Layers that are
+        called with [B, S, D] say it themselves where their router asks.
         attend: the preceding attention as an operator, v [T, D] -> A v [T, D], or None.
         knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ...
         keep: names of plan tensors ("probs", "logits", "extra") that must outlive the layer's losses.
@@ -47,6 +49,7 @@ class Signals:
     places: Mapping[str, Tensor] | None = None
     progress: Tensor | float | None = None
     seed: Tensor | int = 0
+    rows: int | None = static(default=None)
     attend: Callable[[Tensor], Tensor] | None = static(default=None)
     knobs: Mapping[str, Any] = static(default_factory=dict)
     keep: frozenset[str] = static(default=frozenset())

@@ -17,6 +17,7 @@ from ..nn.cross import Memory
 from ..ops.cross_entropy import cross_entropy
 from ..ops.few import linear
 from ..ops.pages import large_pages
+from ..routers.steps import MixStep
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
 from .stack import Embedding, Stack, dropped, places
@@ -206,13 +207,16 @@ class Decoder(Stack):
         return cross_entropy(flat, head.weight, targets.reshape(-1), valid, bias=head.bias)
 
     def new_cache(self, capacity: int | None = None) -> Carry:
-        """A carry with an empty state for every mixer, for at most `capacity` tokens (default: the context)."""
+        """A carry with an empty state for each mixer and mix step, for at most `capacity` tokens (default: context)."""
         capacity = self.config.context if capacity is None else capacity
         own: dict[str, Any] = {}
         for i, layer in enumerate(self.layers):
             own[f"layers.{i}.mixer"] = layer.mixer.new_state(capacity)  # type: ignore[union-attr, operator]
             if hasattr(layer, "cross"):
                 own[f"layers.{i}.cross"] = layer.cross.new_state()  # type: ignore[union-attr, operator]
+            for path, part in layer.named_modules():
+                if isinstance(part, MixStep) and (state := part.new_state(capacity)) is not None:
+                    own[f"layers.{i}.{path}"] = state
         return Carry(own=own)
 
     def extra_flops(self, seq_len: int) -> int:

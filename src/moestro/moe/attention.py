@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core.carry import Carry
 from ..core.plan import AnyPlan, Dense
+from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..nn.attention import Attention
@@ -57,7 +58,8 @@ class AttentionExperts(Routed):
     ) -> tuple[Tensor, Any, Carry, Trail]:
         signals = Signals() if signals is None else signals
         carry = Carry() if carry is None else carry
-        plan, carry = route(self.router, masked(x.flatten(0, 1), signals.valid), signals, carry)
+        seen = changed(signals, rows=x.shape[0])
+        plan, carry = route(self.router, masked(x.flatten(0, 1), signals.valid), seen, carry)
         gate = self._gate(plan).view(*x.shape[:2], -1)
         y, state = self.attention(x, signals, state, gate=gate)
         return y, state, carry, note(plan, self.losses, signals, self.training, "AttentionExperts")

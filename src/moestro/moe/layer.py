@@ -13,6 +13,7 @@ from ..core.account import Cost
 from ..core.carry import Carry, Forecast, Live, Replay
 from ..core.errors import UserError
 from ..core.plan import AnyPlan, Plan
+from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 from ..dispatch.base import mixture
@@ -76,6 +77,8 @@ class MoELayer(Routed):
         signals = Signals() if signals is None else signals
         carry = Carry() if carry is None else carry
         units, lead = flatten(x, self.config.unit_axes, "MoELayer")
+        if len(lead) == 2 and getattr(self.router, "mix", None) is not None:
+            signals = changed(signals, rows=lead[0])
         units = masked(units, signals.valid)
         plan, carry = self.plan(units, signals, carry, router_input)
         y = self.run(units, plan, signals.valid, signals)

@@ -17,10 +17,12 @@ from .limits import (
     RandomSecond,
     Recycle,
 )
+from .mixes import AttentionMix, SimilarityMix
 
 __all__ = [
     "All",
     "AnyRouter",
+    "AttentionMix",
     "BatchPrioritised",
     "ByPosition",
     "ByProbability",
@@ -53,6 +55,7 @@ __all__ = [
     "Router",
     "Score",
     "Select",
+    "SimilarityMix",
     "SoftmaxKept",
     "SparseMixer",
     "TopK",
@@ -411,6 +414,11 @@ class Router(AnyRouter):
             raise UserError(f"Router: {type(chooser).__name__} needs probabilities; use activation softmax or sigmoid")
         if isinstance(self.select, SparseMixer) and self.mix is not None:
             raise UserError("Router: SparseMixer looks at logits, which mix does not change; leave one of them out")
+        if isinstance(self.weigh, SoftmaxKept | NearBest) and self.mix is not None:
+            raise UserError(
+                f"Router: {type(self.weigh).__name__} makes weights of logits, which mix does not change; use "
+                "weigh=Renormalised()"
+            )
         select, weigh = self.select, self.weigh
         if isinstance(select, SparseMixer) and isinstance(weigh, NearBest) and select.epsilon != weigh.epsilon:
             raise UserError(

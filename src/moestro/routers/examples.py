@@ -58,6 +58,15 @@ def examples() -> dict[str, cfg.Router]:
         ),
         "epsilon": cfg.Router(activation="sigmoid", weigh=cfg.Renormalised(scale=2.5, epsilon=0.25)),
         "loss-free-softmax-floor": cfg.Router(select=cfg.LossFree(inner=top2), weigh=cfg.Renormalised(floor=0.3)),
+        # mixes
+        "similarity-mix": cfg.Router(mix=cfg.SimilarityMix()),
+        "similarity-mix-top-p": cfg.Router(
+            score=cfg.Cosine(),
+            mix=cfg.SimilarityMix(tau=0.5, scale="sqrt_dim", start="random", causal=False),
+            select=cfg.TopP(p=0.5, max_k=4),
+            weigh=raw,
+        ),
+        "attention-mix": cfg.Router(mix=cfg.AttentionMix()),
         # limits
         "capacity": cfg.Router(limit=capacity),
         "capacity-first-choices": cfg.Router(limit=capacity.replace(priority=cfg.FirstChoices())),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,12 +102,17 @@ class ScoreStep(Step):
 class MixStep(Step):
     """`(Scores, x, signals, carry) -> (Scores, carry)`: changes `probs` (and `rank`) by looking at other units, at the
     preceding attention (`signals.attend`) or at what an earlier layer left in `carry.state`.
-    Built as `(config, dim, num_ids)`."""
+    Built as `(config, dim, num_ids)`. In cached decoding `carry.mine` is what the step kept at the pass before, or its
+    `new_state`."""
 
     role = "router"
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
         raise NotImplementedError
+
+    def new_state(self, capacity: int) -> Any:
+        """An empty state for cached decoding of at most `capacity` units per sequence; None = nothing is kept."""
+        return None
 
 
 class SelectStep(Step):

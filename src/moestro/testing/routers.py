@@ -14,6 +14,7 @@ from ..core.errors import RecomputationError
 from ..core.plan import AnyPlan, Dense, ExpertChoice, Plan, demand
 from ..core.signals import Signals
 from ..ops.choice import checkpoint
+from .attend import causal_map
 from .compare import relative_error
 
 __all__ = ["check_router", "signals_for"]
@@ -23,10 +24,13 @@ def signals_for(batch: int, length: int, *, seed: int = 7, padding: int = 0, num
     """Signals for `batch` sequences of `length` tokens; the last `padding` tokens of every sequence are invalid."""
     T = batch * length
     position = torch.arange(length).repeat(batch)
+    valid = (position < length - padding) if padding else None
+    segment = torch.arange(batch).repeat_interleave(length)
     return Signals(
-        valid=(position < length - padding) if padding else None,
+        valid=valid,
+        attend=causal_map(segment, valid),
         position=position,
-        segment=torch.arange(batch).repeat_interleave(length),
+        segment=segment,
         token=(torch.arange(T) * 7) % 50,
         task=torch.zeros(T, dtype=torch.int64),
         label=(torch.arange(T) * 3) % num_labels,
