@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from moestro.core.signals import Signals
 from moestro.models.decoder import Decoder
 from moestro.testing.compare import assert_close
 
-transformers = pytest.importorskip("transformers")
+transformers = importlib.import_module("transformers")
 
 OTHERS = [name for name in FAMILIES if name != "moestro"]  # models that transformers has by itself
 CASES = [(name, example) for name in OTHERS for example in find(name).examples()]

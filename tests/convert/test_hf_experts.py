@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import grouped_mm
 
 import moestro.convert.hf as hf
 from convert.hf_cases import CLASSES, THROUGH_FP32, D, E, build, class_of, decorated_classes, oracle, problem
@@ -60,6 +61,43 @@ def test_equals_the_class(name: str) -> None:
                 assert_close(f"{name}, {case}, {dtype}, {few} without a gradient", y, want["y"][:few], tolerance)
 
 
+@pytest.mark.parametrize("many", [0, 100])
+@pytest.mark.parametrize("short", [0, 1024])
+@pytest.mark.parametrize("name", ["GptOssExperts", "AriaExperts", "DeepseekV4Experts"])
+def test_all_ways_of_grouped_products(name: str, short: int, many: int, monkeypatch: Any) -> None:
+    """One call for all experts or one for each, indices made by torch or by numpy, gradients whole or by expert."""
+    from moestro.convert.hf import grouped
+
+    calls = []
+    monkeypatch.setattr(grouped, "MANY", many)
+    monkeypatch.setattr(grouped, "SHORT", short)
+    monkeypatch.setattr(grouped, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    module = build(name)
+    for large in (0, 2**22):
+        monkeypatch.setattr(grouped, "LARGE", large)
+        for foreign in (False, True):
+            x, expert, weight, grad = problem(64, torch.float32, foreign=foreign)
+            want = run(lambda *a: oracle(module, *a), module, x, expert, weight, grad)
+            got = run(module, module, x, expert, weight, grad)
+            for key, value in want.items():
+                assert_close(f"{name}, foreign {foreign}, large {large}, {key}", got[key], value, 2e-5)
+            with torch.no_grad():
+                assert_close("without a gradient", module(x, expert, weight), want["y"], 2e-5)
+    assert bool(calls) == (many == 0)
+
+
+def test_few_units_that_share_experts() -> None:
+    """Unsorted choices: gradients of an expert that several units chose are added up, twice in one unit too."""
+    for name in ("Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts", "MuseSparkExperts"):
+        module = build(name, torch.float64)
+        x, expert, weight, grad = problem(4, torch.float64)
+        expert = torch.tensor([[3, 0, 1], [1, 3, 4], [3, 1, 0], [2, 2, 3]])
+        want = run(lambda *a: oracle(module, *a), module, x, expert, weight, grad)  # noqa: B023
+        got = run(module, module, x, expert, weight, grad)
+        for key, value in want.items():
+            assert_close(f"{name}, {key}", got[key], value, 1e-10 if name not in THROUGH_FP32 else 2e-5)
+
+
 # What a module is taken for -----------------------------------------------------------------------------------------
 
 PATHS = {
@@ -81,6 +119,7 @@ def test_paths(name: str) -> None:
     found = hf.explain(build(name))
     assert found.path == path
     assert word in found.reason
+    assert found.reason.endswith("under torch.compile, transformers' grouped_mm")
 
 
 def other_gate(self: Any, gate_up: Tensor) -> Tensor:

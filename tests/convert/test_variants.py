@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ TOKENS = torch.randint(0, 41, (2, 17), generator=torch.Generator().manual_seed(3
 
 def theirs(family: str, fields: dict[str, Any]) -> Any:
     """A transformers model with random weights, norms and biases too."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     config = transformers.AutoConfig.for_model(family, **{"pad_token_id": None, **fields})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
@@ -138,7 +139,7 @@ def test_mxfp4_by_hand() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_mxfp4_equals_transformers(dtype: torch.dtype) -> None:
-    module = pytest.importorskip("transformers.integrations.mxfp4")
+    module = importlib.import_module("transformers.integrations.mxfp4")
     blocks, scales = quantised(3, 10, 64, 0)
     scales[0, :, 0] = torch.arange(10, dtype=torch.uint8) * 20 + 20
     want = module._convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # transposed, as its modules have it
@@ -227,8 +228,8 @@ def test_fields_that_cannot_be_read(family: str, changes: dict[str, Any], messag
 
 def test_longrope_beyond_the_original_context() -> None:
     """The long factors are used there. (transformers' Phi-MoE has its long_mscale but the short factors.)"""
-    rope = pytest.importorskip("transformers.modeling_rope_utils")
-    transformers = pytest.importorskip("transformers")
+    rope = importlib.import_module("transformers.modeling_rope_utils")
+    transformers = importlib.import_module("transformers")
     fields = find("phimoe").examples()["longrope"]
     rotary = convert.read_config(fields | {"model_type": "phimoe"}).attention.positions.build(6)
     config = transformers.AutoConfig.for_model("phimoe", **fields)
