@@ -1,4 +1,4 @@
-"""Where the user's machine keeps what can be made again."""
+"""Where the user's machine keeps data, and what can be made again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["user_cache"]
+__all__ = ["data_root", "user_cache"]
 
 
 def user_cache() -> Path:
@@ -21,3 +21,9 @@ def user_cache() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "moestro"
+
+
+def data_root(chosen: str = "") -> Path:
+    """Where data sets and what is made from them lie: as chosen, else $MOESTRO_DATA, else the user's cache folder."""
+    said = chosen or os.environ.get("MOESTRO_DATA", "")
+    return Path(said).expanduser() if said else user_cache()

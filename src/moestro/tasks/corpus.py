@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core.errors import UserError
-from ..core.folders import user_cache
+from ..core.folders import data_root
 from .source import Source, chunks, examine, identity
 from .tokenizer import Bytes, Tokenizer
 
@@ -48,10 +48,7 @@ class Corpus:
 
 def cache_folder(chosen: str = "") -> Path:
     """Where tokenised corpora are kept: as chosen, else $MOESTRO_DATA, else the user's cache folder."""
-    said = chosen or os.environ.get("MOESTRO_DATA", "")
-    if said:
-        return Path(said).expanduser() / "corpora"
-    return user_cache() / "corpora"
+    return data_root(chosen) / "corpora"
 
 
 def writable(folder: Path) -> bool:
