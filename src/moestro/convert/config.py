@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 from ..losses.config import Loss, SwitchBalance, ZLoss
+from ..models.config import Block
 from ..routers.config import Raw, Renormalised, Weigh
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Densify",
     "Distil",
     "GranularSplit",
+    "Grow",
     "MergeExperts",
     "MostLoaded",
     "PartialReinit",
@@ -381,6 +383,28 @@ class AddExperts(Resize):
         return self.score != "order"
 
 
+# Deeper ----------------------------------------------------------------------------------------------------------
+
+
+@config
+class Grow(Conversion):
+    """New blocks on top of a trained model, which stands still from there on (Growing Transformers, brief 45)."""
+
+    builds: ClassVar[str] = "moestro.convert.grow:grow"
+    blocks: int = 1
+    """New blocks."""
+    block: Block | None = None
+    """What the new blocks are; null = like the last one."""
+    start: Literal["identity", "random"] = "identity"
+    """Maps of new blocks that write into the residual stream start at zero, so that nothing changes; or at random."""
+    freeze: bool = True
+    """Whether the embedding and all old blocks are frozen in the new model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_least(1, "blocks")
+
+
 METHODS: dict[str, type[Conversion]] = {
     "copy": Copy,
     "granular": GranularSplit,
@@ -395,5 +419,6 @@ METHODS: dict[str, type[Conversion]] = {
     "prune": Prune,
     "merge": MergeExperts,
     "add": AddExperts,
+    "grow": Grow,
 }
 """Name on the command line and in recipes -> options."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..models.config import Block
+from ..nn.config import Attention
 from ..routers.config import Constant, Raw
 from .config import (
     AddExperts,
@@ -13,6 +15,7 @@ from .config import (
     Copy,
     Distil,
     GranularSplit,
+    Grow,
     MergeExperts,
     MostLoaded,
     PartialReinit,
@@ -50,4 +53,6 @@ def examples() -> dict[str, Conversion]:
         "merge": MergeExperts(keep=2),
         "add": AddExperts(add=1, noise=0.1),
         "add_loaded": AddExperts(add=2, score="load"),
+        "grow": Grow(),
+        "grow_random": Grow(blocks=2, block=Block(mixer=Attention(num_heads=2)), start="random", freeze=False),
     }
