@@ -9,7 +9,8 @@ It is given a decorated experts module of whatever class and chooses, at every c
     grouped_mm   transformers' grouped products: for parameters that are spread over devices, and under torch.compile
     eager        the forward that the class was written with: for everything else
 
-Few choices without a gradient are never sorted. No path copies weights.
+On the CPU few choices are never sorted: without a gradient, and with one in the steps of `grouped`, whatever the path.
+No path copies weights.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ __all__ = ["NAME", "Explanation", "explain", "forward", "register_experts"]
 
 NAME = "moestro"
 
+_COMPILED = "under torch.compile, transformers' grouped_mm"
+
 Path = Literal["fused", "fused rows", "grouped", "grouped_mm", "eager"]
 
 
 class Explanation(NamedTuple):
-    """path: how a module is computed, as listed above. reason: why not by the one before it."""
+    """path: how a module is computed, as listed above. reason: why not by the one before it, and
+    what happens under torch.compile."""
 
     path: Path
     reason: str
@@ -63,7 +67,8 @@ def explain(module: nn.Module) -> Explanation:
     """How Moestro computes an experts module of transformers, and why. Raises `UserError` for an undecorated one."""
     if not decorated(module):
         raise UserError(f"explain: {type(module).__name__} is no experts class that transformers lets others compute")
-    return Explanation(*_choose(module)[:2])
+    path, reason = _choose(module)[:2]
+    return Explanation(path, reason if path == "grouped_mm" else f"{reason}; {_COMPILED}")
 
 
 def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -108,7 +113,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
         else:
             out = mlp(xs, first, down, index.offsets, choice.activation, *biases)
         y = combine(self.post_expert_norm(out), weight, index)
-    else:
+    else:  # off the CPU
         y = combine(_grouped(self, layout, gather_rows(x, index), index, first, down, *biases), weight, index)
     return y.to(hidden_states.dtype)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import grouped_mm
 
 from ...ops.combine.sums import row_dots, scaled_rows, sum_rows
 from ...ops.expert_mlp import FEW
-from ...ops.grouped.fused import _CPU_KERNEL
+from ...ops.grouped.fused import CPU_KERNEL
 from ...ops.pages import LARGE, large_pages
 from ...ops.precision import autocast_off, operands, sum_dtype
 from ...ops.rows.host import choices
@@ -62,9 +62,10 @@ class _Sorted:
 
     def __init__(self, expert: Tensor, num_experts: int) -> None:
         table = expert.reshape(-1)
-        lowest, highest = (int(v) for v in table.aminmax()) if 0 < table.numel() <= SHORT else (-1, -1)
-        if lowest >= 0 and highest < num_experts:
+        short = 0 < table.numel() <= SHORT
+        if short:
             self.expert, self.place = table.sort(stable=True)
+        if short and int(self.expert[0]) >= 0 and int(self.expert[-1]) < num_experts:
             self.unit = self.place // expert.shape[1]
             inverse = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(table.numel()))
             self.inverse = inverse.view(expert.shape)
@@ -119,6 +120,8 @@ def grouped(
     index = _index(expert, module.num_experts)
     turned = layout.is_transposed
     x, first, first_bias = operands("experts", x, first, first_bias)
+    if not torch.is_grad_enabled():
+        return _without_gradient(module, layout, x, index, weight, first, down, first_bias, down_bias)
     pre: Any = _First.apply(x, first, first_bias, index, turned)
     h = module._apply_gate(pre) if layout.has_gate else module.act_fn(pre)
     h, down, down_bias = operands("experts", h, down, down_bias)
@@ -126,6 +129,28 @@ def grouped(
         return _Second.apply(h, down, down_bias, weight, index, turned)  # type: ignore[return-value]
     out = module.post_expert_norm(_Second.apply(h, down, down_bias, None, index, turned))
     return _Combine.apply(out, weight, index)  # type: ignore[return-value]
+
+
+def _without_gradient(
+    module: Any,
+    layout: Layout,
+    x: Tensor,
+    index: _Index,
+    weight: Tensor,
+    first: Tensor,
+    down: Tensor,
+    first_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    """The same values; nothing is kept."""
+    turned = layout.is_transposed
+    with autocast_off(x.device):
+        pre = _products(index.gather(x), first, first_bias, index, turned)
+    h = module._apply_gate(pre) if layout.has_gate else module.act_fn(pre)
+    h, down, down_bias = operands("experts", h, down, down_bias)
+    with autocast_off(x.device):
+        out = _products(h, down, down_bias, index, turned)
+    return index.combine(module.post_expert_norm(out) if layout.has_post_expert_norm else out, weight)
 
 
 def _index(expert: Tensor, num_experts: int) -> _Index:
@@ -230,7 +255,7 @@ def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, t
 
 def _fits(index: _Sorted, *operands: Tensor) -> bool:
     """Whether torch's grouped product takes the operands as they are, and it is worth it."""
-    if len(index.experts) <= MANY or operands[0].dtype != torch.float32 or not _CPU_KERNEL:
+    if len(index.experts) <= MANY or operands[0].dtype != torch.float32 or not CPU_KERNEL:
         return False
     return all(t.is_contiguous() and t.shape[-1] % 4 == 0 and t.data_ptr() % 16 == 0 for t in operands)
 

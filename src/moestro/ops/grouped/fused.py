@@ -14,18 +14,18 @@ from torch.nn.functional import grouped_mm
 from . import loop
 from .spec import Spec
 
-__all__ = ["columns", "outer", "products", "supported", "transposed_products"]
+__all__ = ["CPU_KERNEL", "columns", "outer", "products", "supported", "transposed_products"]
 
 NAME = "grouped_mm"
 _ALIGNMENT = 16  # bytes
-_CPU_KERNEL = torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU")
+CPU_KERNEL = torch._C._dispatch_has_computed_kernel_for_dispatch_key("aten::_grouped_mm", "CPU")
 
 
 def supported(spec: Spec) -> tuple[bool, str]:
     """Whether this backend takes such operands, and why (not)."""
     if spec.device not in ("cpu", "cuda"):
         return False, f"not tried on {spec.device}"
-    if spec.device == "cpu" and not _CPU_KERNEL:
+    if spec.device == "cpu" and not CPU_KERNEL:
         return False, f"torch {torch.__version__} has no kernel for the CPU"
     if spec.dtype == torch.float64:
         return False, "has no float64"
