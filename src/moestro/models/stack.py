@@ -44,11 +44,6 @@ def _embedding(config: StackConfig) -> nn.Module:
     return Embedding(*sizes) if config.embedding is None else config.embedding.build(*sizes)
 
 
-def _embedding(config: StackConfig) -> nn.Module:
-    sizes = config.vocab_size, config.dim, config.embedding_scale
-    return Embedding(*sizes) if config.embedding is None else config.embedding.build(*sizes)
-
-
 class TiedEmbedding(nn.Module):
     """Token embeddings from another module's table. It has no parameters, so none is saved twice."""
 
