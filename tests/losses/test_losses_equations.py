@@ -52,6 +52,17 @@ def test_switch_eq_4_to_6():
     near(SwitchBalance().build()(plan), 1.35)
 
 
+def test_p_of_the_distribution_before_the_mix():
+    # 03: f = (3/4, 1/4, 0) of what was selected; P of the unmixed rows = (0.2, 0.2, 0.6): 3 * (0.15 + 0.05) = 0.6
+    mixed = [[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.2, 0.6, 0.2], [0.7, 0.1, 0.2]]
+    extra = {"unmixed_probs": torch.tensor([[0.2, 0.2, 0.6]] * 4, dtype=torch.float64)}
+    plan = plan_of([[0], [0], [1], [0]], mixed, extra=extra)
+    near(SwitchBalance().build()(plan), 1.35)
+    near(SwitchBalance(of="unmixed").build()(plan), 0.6)
+    near(PerUnitBalance(of="unmixed").build()(plan), 0.6)
+    near(SwitchBalance(of="unmixed").build()(plan_of([[0], [0], [1], [0]], mixed)), 1.35)
+
+
 def test_switch_is_one_when_uniform_and_e_when_collapsed():
     uniform = plan_of([[0, 1], [2, 3], [1, 0], [3, 2]], [[0.25] * 4] * 4)
     near(SwitchBalance().build()(uniform), 1.0)

@@ -28,6 +28,7 @@ class SwitchBalanceLoss(PlanLoss[configs.SwitchBalance]):
     Source: Switch Transformer eq. 4-6, for any K: f sums to 1, so the value is 1 when choices or probabilities are
     uniform and E when one expert takes everything (K = 1). With a variable K (top-p) f is still a share of choices;
     the published L_b of dynamic routing is this value times the mean K: `PerUnitBalance`.
+    With a mix step before selection (03), `of` says which distribution P is the mean of; f is what was selected.
     Sums: demand [E] int64, probs [E], units [] int64.
     """
 
@@ -104,6 +105,8 @@ class SequenceBalanceLoss(PlanLoss[configs.SequenceBalance]):
 
 
 def _counted(plan: Plan, loss: PlanLoss[Any]) -> Stats:
+    if loss.config.of == "unmixed" and "unmixed_probs" in plan.extra:
+        plan = dataclasses.replace(plan, probs=plan.extra["unmixed_probs"])
     return Stats({"demand": demand(plan), "probs": real_distribution(plan, loss).sum(0), "units": units(plan)})
 
 

@@ -46,6 +46,8 @@ class SwitchBalance(Loss):
     builds: ClassVar[str] = "moestro.losses.balance:SwitchBalanceLoss"
     coefficient: float = 0.01
     """Factor with which the loss joins the total; 0 = computed and logged only."""
+    of: Literal["selected", "unmixed"] = "selected"
+    """What P is the mean of: the distribution selected from, or the one before the router's mix step, if it has one."""
 
 
 @config
@@ -55,6 +57,8 @@ class PerUnitBalance(Loss):
     builds: ClassVar[str] = "moestro.losses.balance:PerUnitBalanceLoss"
     coefficient: float = 0.01
     """Factor with which the loss joins the total; 0 = computed and logged only."""
+    of: Literal["selected", "unmixed"] = "selected"
+    """What P is the mean of: the distribution selected from, or the one before the router's mix step, if it has one."""
 
 
 @config
