@@ -13,6 +13,7 @@ from torch import Tensor
 from ..adapt.policy import apply_policy
 from ..core.account import cost
 from ..core.errors import UserError
+from ..models.growth import still
 from ..optim.clip import clip, grad_norm
 from ..optim.hooks import AfterStep, RouterSteps
 from ..tasks.batches import Batches
@@ -72,6 +73,10 @@ class Arm:
         if self.ranks.first and self.config.routers != "train":
             for line in report.lines:
                 self.observer.on_message(f"{self.name}: {line}")
+        if self.config.frozen:
+            names = still(self.model, self.config.frozen)
+            if self.ranks.first:
+                self.observer.on_message(f"{self.name}: {len(names)} tensors stay as they are")
 
     def about(self) -> observe.Arm:
         """What observers are told."""

@@ -31,6 +31,8 @@ class TrainRun(Config):
     """How parameters move."""
     routers: Literal["train", "freeze", "bias_only"] = "train"
     """What the model's routers do: train, stay as they are (balancing biases too), or move their biases only."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the model that stay as they are: embed, norm, head, and blocks as "3" or "0:4" (without block 4)."""
     after: tuple[AfterStep, ...] = ()
     """What happens after every optimiser step, besides the steps of routers."""
     steps: int = 600
