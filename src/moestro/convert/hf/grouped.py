@@ -253,11 +253,11 @@ def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, t
     return out
 
 
-def _fits(index: _Sorted, *operands: Tensor) -> bool:
+def _fits(index: _Sorted, *matrices: Tensor) -> bool:
     """Whether torch's grouped product takes the operands as they are, and it is worth it."""
-    if len(index.experts) <= MANY or operands[0].dtype != torch.float32 or not CPU_KERNEL:
+    if len(index.experts) <= MANY or matrices[0].dtype != torch.float32 or not CPU_KERNEL:
         return False
-    return all(t.is_contiguous() and t.shape[-1] % 4 == 0 and t.data_ptr() % 16 == 0 for t in operands)
+    return all(t.is_contiguous() and t.shape[-1] % 4 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
 
 
 def _outer(a: Tensor, b: Tensor, index: _Index, stack: Tensor) -> Tensor:
