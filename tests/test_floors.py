@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from moestro.core.config import Config
+from moestro.papers.catalogue import CATALOGUE
+from moestro.papers.registry import registered
 
 SOURCE = Path(__file__).parents[1] / "src" / "moestro"
 
@@ -117,7 +119,9 @@ def torch_free() -> list[str]:
     """Modules that help texts are made from."""
     configs = [module_name(f, SOURCE) for f in SOURCE.rglob("config.py")]
     extra = ["moestro", "moestro.__main__", "moestro.core.errors", "moestro.cli.app", "moestro.cli.override"]
-    return sorted({*configs, *extra, "moestro.train.presets", "moestro.models.published"})
+    papers = ["moestro.papers.registry", "moestro.papers.tables"]
+    papers += [f"moestro.papers.{e.module}" for e in CATALOGUE.values() if registered(e) is not None]
+    return sorted({*configs, *extra, *papers, "moestro.train.presets", "moestro.models.published"})
 
 
 def test_floors() -> None:

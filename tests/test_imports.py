@@ -33,11 +33,20 @@ def test_layers_load_no_pictures_and_no_command_line() -> None:
     assert heavy & {"matplotlib", "tyro", "rich", "transformers"} == set()
 
 
-@pytest.mark.parametrize("line", ["--help", "train --help", "generate --help", "inspect --help", "info --help"])
+@pytest.mark.parametrize(
+    "line",
+    ["--help", "train --help", "generate --help", "inspect --help", "info --help", "papers --help", "reproduce --help"],
+)
 def test_help_loads_no_torch(line: str) -> None:
     code = f"from moestro.cli.app import run\nassert run({line.split()!r}) == 0"
     heavy, text = loaded(code)
     assert "usage: moestro" in text
+    assert heavy & {"torch", "matplotlib", "transformers"} == set()
+
+
+def test_lists_of_systems_load_no_torch() -> None:
+    heavy, text = loaded("from moestro.cli.app import run\nassert run(['papers', 'mola']) == run(['papers']) == 0")
+    assert "moestro.adapt.config:LayerAllocation" in text
     assert heavy & {"torch", "matplotlib", "transformers"} == set()
 
 

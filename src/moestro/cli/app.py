@@ -18,6 +18,8 @@ VERBS = {
     "convert": "checkpoints into other formats, dense models into MoE and back, with a receipt",
     "info": "parameters, active parameters, FLOPs and bytes of a preset, a published shape or a run",
     "presets": "list what `train` and `info` know by name",
+    "papers": "published systems: what each adds, how far it is here, its parts and its last verdict",
+    "reproduce": "a published system against its baselines at equal compute, with a verdict",
     "demo": "a whole story from beginning to end: upcycling a dense model",
     "bench": "measure layers, decoding and training against other implementations",
 }

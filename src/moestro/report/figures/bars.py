@@ -53,8 +53,8 @@ def _panel(axes: Any, panel: Panel, colour: dict[str, str], ink: str) -> None:
     places = range(len(panel.bars))
     values = [b.value for b in panel.bars]
     low, high = min(b.low for b in panel.bars), max(b.high for b in panel.bars)
-    far = high > FAR * low
-    left = low / 1.6 if far else 0.0
+    far = low > 0 and high > FAR * low
+    left = low / 1.6 if far else min(0.0, 1.12 * low)
     axes.set_xscale("log" if far else "linear")
     axes.barh(places, [v - left for v in values], left=left, height=0.68, color=[colour[b.kind] for b in panel.bars])
     reach = [[b.value - b.low for b in panel.bars], [b.high - b.value for b in panel.bars]]
@@ -63,7 +63,7 @@ def _panel(axes: Any, panel: Panel, colour: dict[str, str], ink: str) -> None:
         text = f"{b.value:.0f}" if b.value >= 99.95 else f"{b.value:.3g}"
         axes.annotate(text, (b.high, place), (4, 0), textcoords="offset points", va="center", fontsize=7.5, color=ink)
     axes.set_yticks(places, [clip(b.name, 36) for b in panel.bars])
-    axes.set_xlim(left, high * (high / left) ** 0.12 if far else 1.12 * high)
+    axes.set_xlim(left, high * (high / left) ** 0.12 if far else max(1.12 * high, 0.0) or left + 1.0)
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)

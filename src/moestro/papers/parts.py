@@ -1,0 +1,67 @@
+"""Parts of systems that have no file of their own yet: what -> `module:Name`, empty where it is still to be written.
+
+When a system gets its file, its parts move there. Systems whose parts nobody has named yet are not listed.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PARTS"]
+
+PARTS: dict[str, dict[str, str]] = {
+    "thor": {
+        "uniform random choice": "moestro.routers.config:Random",
+        "encoder-decoder": "moestro.models.config:EncoderDecoder",
+        "two-pass consistency": "",
+    },
+    "similarity-attention-aware-smoe": {"mix by similarity": "", "mix by attention": ""},
+    "bam": {
+        "branches into one mixture": "moestro.convert.config:BranchAttendMix",
+        "experts of attention": "moestro.moe.config:AttentionExperts",
+        "attention and experts side by side": "moestro.models.config:ParallelBlock",
+    },
+    "robust-qa-moe": {
+        "top-2 with a random second": "moestro.routers.limits:RandomSecond",
+        "capacity": "moestro.routers.limits:Capacity",
+        "encoder": "moestro.models.config:Encoder",
+        "span head": "",
+        "augmented questions": "",
+    },
+    "dynamic-routing": {
+        "top-p choice": "moestro.routers.config:TopP",
+        "raw weights": "moestro.routers.config:Raw",
+        "entropy loss": "moestro.losses.config:RoutingEntropy",
+        "balance with any number of choices": "moestro.losses.config:SwitchBalance",
+    },
+    "muon-mla-moe": {
+        "optimiser": "moestro.optim.config:Muon",
+        "latent attention": "moestro.nn.config:LatentAttention",
+        "bias without a loss": "moestro.routers.config:LossFree",
+    },
+    "mola": {
+        "layer-wise allocation": "moestro.adapt.config:LayerAllocation",
+        "mixture of adapters": "moestro.adapt.config:Mixture",
+    },
+    "contrastive-moe-embeddings": {
+        "enforced routing": "moestro.routers.config:Label",
+        "dense into equal experts": "moestro.convert.config:Copy",
+        "mutual-information loss": "moestro.losses.config:MutualInformation",
+        "multiple-negatives loss": "",
+    },
+    "optimal-sparsity": {
+        "decoder of routed layers": "moestro.models.config:Decoder",
+        "top-k choice": "moestro.routers.config:TopK",
+        "balance loss": "moestro.losses.config:SwitchBalance",
+        "z-loss": "moestro.losses.config:ZLoss",
+    },
+    "smoe-dropout": {
+        "frozen random score": "moestro.routers.config:Frozen",
+        "softmax over kept": "moestro.routers.config:SoftmaxKept",
+        "schedule of the number of experts": "",
+    },
+    "growing-transformers": {"frozen embeddings": "", "growth by layers": ""},
+    "ewa": {
+        "random partition": "moestro.routers.config:Partition",
+        "averaging after a step": "moestro.optim.config:ExpertAveraging",
+        "averaged experts in evaluation": "moestro.moe.config:AveragedExperts",
+    },
+}
