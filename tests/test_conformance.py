@@ -11,11 +11,12 @@ import torch
 from moestro.core.errors import UserError
 from moestro.experts.config import Gated
 from moestro.losses import examples as losses
-from moestro.models.examples import encoder_decoders, encoders
+from moestro.models.examples import encoder_decoders, encoders, headed
 from moestro.models.examples import examples as models
 from moestro.moe.config import MoELayer
 from moestro.routers.config import All, ExpertChoiceSelect
 from moestro.routers.examples import examples as routers
+from moestro.testing.headed import check_headed
 from moestro.testing.losses import check_loss
 from moestro.testing.models import check_model
 
@@ -42,6 +43,11 @@ def test_encoder(name):
 @pytest.mark.parametrize("name", encoder_decoders())
 def test_encoder_decoder(name):
     check_model(encoder_decoders()[name])
+
+
+@pytest.mark.parametrize("name", headed())
+def test_headed(name):
+    check_headed(headed()[name])
 
 
 @pytest.mark.parametrize("name", routers())

@@ -21,7 +21,7 @@ BASE = Decoder(
     moe=MoELayer(num_experts=8, router=Router(select=TopK(k=2)), experts=Gated(width=48)),
 )
 CONFIGS = {
-    **{name: c for name, c in examples().items() if name != "dense"},
+    **{name: c for name, c in examples().items() if "moe" in c.kinds()},
     "base": BASE,
     "layout": BASE.replace(layout=("dense", "moe", "moe"), num_experts=(4, 16), ffn=FeedForward(width=100)),
     "plain": BASE.replace(moe=MoELayer(router=Router(score=Cosine(rank=8)), experts=MLP(width=50, activation="gelu"))),

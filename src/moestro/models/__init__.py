@@ -8,26 +8,34 @@ from .config import (
     Decoder,
     Encoder,
     EncoderDecoder,
+    Headed,
     ParallelBlock,
     PostNormBlock,
     PostNormCrossBlock,
     Stack,
 )
-from .examples import encoder_decoders, encoders, examples
+from .examples import encoder_decoders, encoders, examples, headed
+from .heads_config import ClassHead, EmbeddingHead, Head, SpanHead
 from .published import published
 
 __all__ = [
     "Block",
+    "ClassHead",
     "CrossBlock",
     "Decoder",
+    "EmbeddingHead",
     "Encoder",
     "EncoderDecoder",
+    "Head",
+    "Headed",
     "ParallelBlock",
     "PostNormBlock",
     "PostNormCrossBlock",
+    "SpanHead",
     "Stack",
     "encoder_decoders",
     "encoders",
     "examples",
+    "headed",
     "published",
 ]

@@ -21,6 +21,7 @@ from ..nn.config import (
     RMSNorm,
 )
 from ..nn.embeddings import FrozenEmbedding
+from .heads_config import ClassHead, Head
 
 
 def _check_dropout(config: Config, share: float) -> None:
@@ -300,3 +301,23 @@ class EncoderDecoder(Config):
         """Encoder and decoder with their seeds."""
         here, there = self.seeds()
         return self.encoder.replace(seed=here), self.decoder.replace(seed=there)
+
+
+@config
+class Headed(Config):
+    """An encoder with a head for one task, and possibly one more layer, dense or routed, between them."""
+
+    builds: ClassVar[str] = "moestro.models.headed:Headed"
+    encoder: Encoder = Encoder()
+    """What reads the text."""
+    head: Head = ClassHead()
+    """What the task asks for."""
+    top: FFN | MoELayer | None = None
+    """A layer whose output the head reads in place of the encoder's, without residual or norm (13); None = none."""
+    features: int = 0
+    """How many numbers beside its id each token comes with (such as: it occurs in the question)."""
+    seed: int = 0
+    """Seed of the initial values, in place of the encoder's."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "features")

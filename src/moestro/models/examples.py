@@ -20,7 +20,9 @@ from ..nn.config import (
 )
 from ..nn.embeddings import Glyphs, IdCode
 from ..routers.config import (
+    Constant,
     GroupLimited,
+    Label,
     Linear,
     LossFree,
     NearBest,
@@ -30,10 +32,12 @@ from ..routers.config import (
     SoftmaxKept,
     SparseMixer,
     TopK,
+    Uniform,
 )
-from .config import Block, Decoder, Encoder, EncoderDecoder, ParallelBlock
+from .config import Block, Decoder, Encoder, EncoderDecoder, Headed, ParallelBlock
+from .heads_config import ClassHead, EmbeddingHead, SpanHead
 
-__all__ = ["encoder_decoders", "encoders", "examples"]
+__all__ = ["encoder_decoders", "encoders", "examples", "headed"]
 
 _ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=6)
 _LATENT = LatentAttention(num_heads=3, kv_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
@@ -179,4 +183,21 @@ def encoder_decoders() -> dict[str, EncoderDecoder]:
         "dense": EncoderDecoder(
             encoder=moe.replace(moe=None, **learned), decoder=writer.replace(moe=None, tied=True, **learned)
         ),
+    }
+
+
+def headed() -> dict[str, Headed]:
+    """Name -> config of encoders with a head, each built in milliseconds."""
+    moe, plain = encoders()["moe"], encoders()["dense"]
+    named = (
+        moe.moe.replace(router=Router(score=Uniform(), select=Label(), weigh=Constant()), losses=())
+        if moe.moe
+        else None
+    )
+    return {
+        "spans": Headed(encoder=plain, head=SpanHead(), top=_SWITCH, features=1),
+        "spans_dense": Headed(encoder=moe, head=SpanHead(), top=PlainFeedForward(width=24), features=2),
+        "classes": Headed(encoder=encoders()["post_norm"], head=ClassHead(num_classes=5)),
+        "classes_first": Headed(encoder=plain, head=ClassHead(num_classes=5, pooling="first")),
+        "embeddings": Headed(encoder=moe.replace(moe=named), head=EmbeddingHead(temperature=0.7)),
     }

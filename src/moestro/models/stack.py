@@ -180,8 +180,10 @@ class Stack(nn.Module):
         signals: Signals | None = None,
         carry: Carry | None = None,
         memory: Memory | None = None,
+        added: Tensor | None = None,
     ) -> tuple[Tensor, Carry, Trail]:
-        """What a head takes, [B, S, D]. Raises `UserError` for tokens that are no [B, S] or more than the context."""
+        """What a head takes, [B, S, D]. added: [B, S, D], goes onto the embeddings. Raises `UserError` for tokens that
+        are no [B, S] or more than the context."""
         what = type(self).__name__.lower()
         if tokens.ndim != 2:
             raise UserError(f"the {what} takes tokens [B, S], not {list(tokens.shape)}")
@@ -190,7 +192,8 @@ class Stack(nn.Module):
         signals = Signals() if signals is None else signals
         if signals.token is None:
             signals = changed(signals, token=tokens.reshape(-1))
-        return self.run(self.embed(tokens), signals, carry, memory=memory)
+        h = self.embed(tokens)
+        return self.run(h if added is None else h + added, signals, carry, memory=memory)
 
     def extra_backward_flops(self, seq_len: int) -> int:
         """Scores with a bias that is learned go by the plain path, which keeps them and computes none again."""

@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 from ..core.errors import UserError
 from ..moe.config import MoELayer
 from ..nn.config import FeedForward
-from .config import Decoder, EncoderDecoder, Stack
+from .config import Decoder, EncoderDecoder, Headed, Stack
 
 __all__ = ["TOLERANCE", "dense_twin", "twin_width"]
 
-M = TypeVar("M", bound=Stack | EncoderDecoder)
+M = TypeVar("M", bound=Stack | EncoderDecoder | Headed)
 TOLERANCE = 0.01  # of forward FLOPs per token
 
 
@@ -31,7 +31,7 @@ def twin_width(layer: MoELayer, dim: int, seq_len: int = 1) -> int:
 
 def dense_twin(config: M, seq_len: int | None = None) -> M:
     """The config of the dense twin at sequences of `seq_len` tokens (default: the context). config: of a decoder, an
-    encoder, or both together.
+    encoder, both together, or an encoder with a head.
 
     Forward FLOPs per token agree within 1 percent, layer by layer unless a layer is very narrow. All other parameters
     keep name and shape, so that both models start from equal shared values. Raises `UserError` where the model has no
@@ -43,6 +43,8 @@ def dense_twin(config: M, seq_len: int | None = None) -> M:
         if not routed:
             raise UserError("dense_twin: this model has no routed layer; it is its own twin")
         return config.replace(**{name: dense_twin(side, seq_len) for name, side in routed.items()})
+    if isinstance(config, Headed):
+        return _headed(config, seq_len)
     seq_len = config.context if seq_len is None else seq_len
     blocks = config.resolved()
     if not _is_routed(config):
@@ -67,6 +69,17 @@ def dense_twin(config: M, seq_len: int | None = None) -> M:
             "use wider experts"
         )
     return twin
+
+
+def _headed(config: Headed, seq_len: int | None) -> Headed:
+    encoder, top = config.encoder, config.top
+    changes: dict[str, Any] = {"encoder": dense_twin(encoder, seq_len)} if _is_routed(encoder) else {}
+    if isinstance(top, MoELayer):
+        width = twin_width(top, encoder.dim, encoder.context if seq_len is None else seq_len)
+        changes["top"] = FeedForward(width=width, activation=_activation(top))
+    if not changes:
+        raise UserError("dense_twin: this model has no routed layer; it is its own twin")
+    return config.replace(**changes)
 
 
 def _is_routed(config: Stack) -> bool:
