@@ -14,6 +14,7 @@ from .config import (
     PostNormCrossBlock,
     Stack,
 )
+from .ensembles import Ensemble
 from .examples import encoder_decoders, encoders, examples, headed
 from .heads_config import ClassHead, EmbeddingHead, Head, SpanHead
 from .published import published
@@ -26,6 +27,7 @@ __all__ = [
     "EmbeddingHead",
     "Encoder",
     "EncoderDecoder",
+    "Ensemble",
     "Head",
     "Headed",
     "ParallelBlock",
