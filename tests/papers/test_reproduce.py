@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moestro.core.errors import UserError
-from moestro.papers.paper import Claim, Job, Lines, Outcome
+from moestro.papers.paper import Claim, Diverged, Job, Lines, Outcome
 from moestro.papers.picture import averaged
 from moestro.papers.record import begin, taken
 from moestro.papers.run import Watch, reproduce
@@ -150,7 +150,9 @@ def test_learning_rates_are_chosen_by_validation_alone(data: Path, tmp_path: Pat
     """The system's validation figure is best at 0.001, its test figure at 0.01; nothing finite comes of 0.1."""
 
     def other(job: Job) -> Outcome:
-        validation = {0.001: 1.0, 0.01: 2.0, 0.1: math.nan}[job.lr]
+        if job.lr == 0.1:
+            raise Diverged("the loss is not finite")
+        validation = {0.001: 1.0, 0.01: 2.0}[job.lr]
         return Outcome(validation=validation, test={"loss": 5.0 if job.lr == 0.001 else 4.0})
 
     seen = Seen()
@@ -210,6 +212,10 @@ def test_a_damaged_record_is_an_error(data: Path, tmp_path: Path, content: str, 
         reproduce(made_up(), tmp_path, data=data)
 
 
+def diverging(job: Job) -> Outcome:
+    raise Diverged("too fast")
+
+
 def figures(**test: float) -> Callable[[Job], Outcome]:
     return lambda job: Outcome(validation=1.0, test=test)
 
@@ -218,6 +224,7 @@ def figures(**test: float) -> Callable[[Job], Outcome]:
     ("changes", "says"),
     [
         ({"train": figures(loss=math.nan)}, "made-up: arm system, seed 0, .*: loss is not finite"),
+        ({"train": diverging, "grid": (0.01,)}, "made-up: too fast"),
         ({"train": figures(perplexity=1.0)}, "figure 'perplexity' is not described"),
         ({"train": figures(accuracy=1.0)}, "a claim needs a figure or an arm that is not there: 'loss'"),
     ],

@@ -25,6 +25,7 @@ __all__ = [
     "Computed",
     "Counted",
     "Difference",
+    "Diverged",
     "Effect",
     "Figures",
     "Job",
@@ -102,6 +103,10 @@ class Outcome:
     validation: float
     test: Mapping[str, float]
     curves: Mapping[str, Sequence[tuple[float, float]]] = dataclasses.field(default_factory=dict)
+
+
+class Diverged(UserError):
+    """A training whose loss is no longer finite. While learning rates are chosen, it only rules one of them out."""
 
 
 class Effect(Protocol):

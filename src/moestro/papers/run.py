@@ -17,7 +17,7 @@ import torch
 from ..core.errors import UserError
 from ..core.folders import data_root
 from ..train.files import write_json
-from .paper import Arm, Job, Outcome, Paper, find_part
+from .paper import Arm, Diverged, Job, Outcome, Paper, find_part
 from .picture import draw
 from .record import LEAST_SEEDS, MINUTES, MINUTES_PER_SEED, begin, summed
 
@@ -223,11 +223,19 @@ class _Running:
         )
         title = f"{arm.name}, seed {seed}, learning rate {lr:g}" + (f" ({why})" if why else "")
         self.watch.on_run(title, updates)
-        outcome, minutes = _timed(lambda: (arm.train or self.paper.train)(job), seed)
+        outcome, minutes = _timed(lambda: self._outcome(job, choosing=bool(why)), seed)
         self.watch.on_update(updates - sum(made))
         line = ", ".join(f"{name} {value:.4g}" for name, value in outcome.test.items()) if not why else ""
         self.watch.on_end(title, f"validation {outcome.validation:.4g}{', test: ' if line else ''}{line}")
         return outcome, minutes
+
+    def _outcome(self, job: Job, choosing: bool) -> Outcome:
+        try:
+            return (job.arm.train or self.paper.train)(job)
+        except Diverged:
+            if not choosing:
+                raise
+            return Outcome(validation=math.inf, test={})
 
     def _shared(self, seed: int, data: Any) -> Path:
         """The folder that all arms of a seed read, filled."""
