@@ -14,7 +14,7 @@ from moestro.core.errors import UserError
 from moestro.core.params import describe
 from moestro.models.examples import examples
 from moestro.optim.hooks import RouterSteps
-from moestro.routers.config import Linear, LossFree, Router, TopK
+from moestro.routers.config import Frozen, Linear, LossFree, Router, TopK
 from moestro.train.run import run
 from train.train_cases import Steps, tiny
 
@@ -24,6 +24,16 @@ def model(router: Router, name: str = "moe"):
 
 
 BIASED = Router(score=Linear(bias=True), select=LossFree(inner=TopK(k=2)))
+
+
+@pytest.mark.parametrize("policy", ["train", "freeze", "bias_only"])
+def test_frozen_scores_stay_frozen(policy):
+    """41: the random router never trains, whatever routers do."""
+    m = model(Router(score=Frozen(inner=Linear(bias=True)), select=LossFree(inner=TopK(k=2))))
+    report = apply_policy(m, policy)
+    assert report.trains == report.frozen == ()
+    still = {n for n, p in m.named_parameters() if not p.requires_grad}
+    assert still == {f"layers.{i}.ffn.router.score.inner.{t}" for i in (0, 1) for t in ("weight", "bias")}
 
 
 @pytest.mark.parametrize(

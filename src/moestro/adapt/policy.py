@@ -26,7 +26,7 @@ class PolicyReport:
 
 
 def apply_policy(model: nn.Module, policy: RouterPolicy) -> PolicyReport:
-    """Set which parameters with the role "router" train; all others stay as they are.
+    """Set which parameters with the role "router" train; all others stay as they are, those of `Frozen` scores too.
 
     train: all of them. freeze: none, and balancing biases that follow the load do not move either (`stepping`).
     bias_only: those added to the scores (named `bias`) and balancing biases. Raises `UserError` for an unknown policy,
@@ -38,6 +38,8 @@ def apply_policy(model: nn.Module, policy: RouterPolicy) -> PolicyReport:
             f"known: {', '.join(get_args(RouterPolicy))}"
         )
     names = [n for n, info in describe(model).items() if info.role == "router" and not _in_adapter(model, n)]
+    fixed = _never_trained(model)
+    names = [n for n in names if n not in fixed]
     parameters = dict(model.named_parameters())
     moving = _loads(model)
     trains = [n for n in names if policy == "train" or (policy == "bias_only" and n.rpartition(".")[2] == "bias")]
@@ -110,6 +112,14 @@ def _loads(model: nn.Module) -> list[Any]:
     from ..routers.loss_free import LossFreeSelect
 
     return [m for m in model.modules() if isinstance(m, LossFreeSelect)]
+
+
+def _never_trained(model: nn.Module) -> set[str]:
+    """Full names of parameters whose score step says that they take no gradient, whatever the policy."""
+    from ..routers.score import FrozenScore
+
+    steps = {path: m for path, m in model.named_modules() if isinstance(m, FrozenScore)}
+    return {f"{path}.{n}" if path else n for path, m in steps.items() for n, _ in m.named_parameters()}
 
 
 def _in_adapter(model: nn.Module, name: str) -> bool:

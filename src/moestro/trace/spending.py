@@ -70,7 +70,7 @@ def experts_by_label(
 
 
 def quantile_labels(values: Any, parts: int = 4) -> Array:
-    """[T] numbers, such as each token's loss -> [T] int64: 0 for the lowest part, parts - 1 for the highest, -1 for NaN.
+    """[T] numbers, such as each token's loss -> [T] int64: 0 = the lowest part, parts - 1 = the highest, -1 for NaN.
 
     Parts are equal in size up to one unit; ties go by position.
     """

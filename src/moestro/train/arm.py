@@ -23,11 +23,13 @@ from ..trace.watch import Watch
 from . import observe
 from .config import TrainRun
 from .evaluate import Sampled, evaluate
+from .knobs import knobs_at
 from .observe import Observer, StepInfo
 from .ranks import Ranks
 from .save import Saved, Store
 from .step import Gradient, Gradients
 from .stop import Stop
+from .sweep import check_knobs
 from .weights import load_weights, tensors_of
 
 __all__ = ["Arm"]
@@ -55,6 +57,7 @@ class Arm:
         self.model = config.model.build().to(ranks.device)
         ranks.copy_first(list(tensors_of(self.model).values()))
         self._routers()
+        check_knobs(config.knobs, self.model, config.steps)
         self.objective = config.objective.build()
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
@@ -180,6 +183,8 @@ class Arm:
             "load_entropy": math.fsum(entropies) / len(entropies) if entropies else None,
             "max_violation": max(violations, default=None),
         }
+        if self.config.knobs:
+            row["knobs"] = knobs_at(self.config.knobs, self.step - 1, self.config.steps)
         self.store.log(row)
         if self.recorder is not None:
             self.recorder.count(self.step, found.routing)

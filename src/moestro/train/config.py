@@ -10,6 +10,9 @@ from ..models.config import Decoder
 from ..optim.config import AdamW, AfterStep, Optimizer
 from ..tasks.config import Corpus, NextToken, Objective, StandardLibrary
 from ..trace.config import Recording
+from .knobs import CosineRamp, ExponentialRamp, Knob, LinearRamp, Ramp, Staircase
+
+__all__ = ["CosineRamp", "ExponentialRamp", "Knob", "LinearRamp", "Ramp", "Staircase", "TrainRun"]
 
 
 @config
@@ -35,6 +38,9 @@ class TrainRun(Config):
     """Parts of the model that stay as they are: embed, norm, head, and blocks as "3" or "0:4" (without block 4)."""
     after: tuple[AfterStep, ...] = ()
     """What happens after every optimiser step, besides the steps of routers."""
+    knobs: tuple[Knob, ...] = ()
+    """Schedules of values that routers take at each call (top_k, top_p, ...). Evaluations use the last value; outside
+    of training the router's own holds. The twin has none."""
     steps: int = 600
     """Optimiser steps."""
     batch_size: int = 32
@@ -71,6 +77,10 @@ class TrainRun(Config):
     def __post_init__(self) -> None:
         self.at_least(1, "steps", "batch_size", "seq_len", "eval_windows", "starved_after")
         self.at_least(0, "micro_batch", "eval_every", "save_every", "threads")
+        names = [knob.name for knob in self.knobs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"TrainRun.knobs: {name} has {names.count(name)} schedules; keep one")
         if self.start and self.twin:
             raise UserError(
                 "TrainRun.start: weights are given for the model but not for its dense twin; set twin=False"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..core.trail import Trail
 from ..tasks.batches import Batch, Batches
 from ..trace.metrics import load_entropy, max_violation
 from .config import TrainRun
+from .knobs import knobs_at
 from .ranks import Ranks
 from .step import autocast, signals_of
 
@@ -60,15 +61,18 @@ def evaluate(
     ranks: Ranks,
     step: int = 0,
     watch: Callable[[int, int], None] | None = None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Evaluate in evaluation mode: no parameter, router state or training count changes.
 
     Ranks take turns over the windows (rank, rank + world, ...), and their sums are added.
-    watch: called with (windows done, windows in all) of this rank.
+    watch: called with (windows done, windows in all) of this rank. knobs: call-time values, before the last ones of the
+    run's schedules.
     """
     training = model.training
     model.eval()
-    signals = dataclasses.replace(signals_of(config, step), progress=1.0, keep=frozenset({"probs"}))
+    last = {**knobs_at(config.knobs, config.steps, config.steps), **(knobs or {})}
+    signals = dataclasses.replace(signals_of(config, step), progress=1.0, keep=frozenset({"probs"}), knobs=last)
     windows = batches.valid_windows(config.eval_windows)
     if len(windows) < ranks.world:
         raise UserError(

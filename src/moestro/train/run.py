@@ -144,7 +144,7 @@ class _Run:
 
         yield "sparse", self.config, self.layout
         dense = dense_twin(self.config.model, self.config.seq_len)
-        yield "dense", self.config.replace(model=dense, twin=False), self.layout.twin
+        yield "dense", self.config.replace(model=dense, twin=False, knobs=()), self.layout.twin
 
     def _open(self) -> dict[Path, Store]:
         """The stores that exist, verified."""

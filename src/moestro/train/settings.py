@@ -42,7 +42,8 @@ def check(old: TrainRun, new: TrainRun, step: int) -> list[Change]:
 
     Harmless are device, threads, how often is saved and evaluated, the trace and the report; micro_batch, when balance
     losses are taken over the whole batch; the path of the data, when the text is the same; and steps, when the
-    learning rate of every step already taken stays what it was (WSD before its decay) and no step is left undone.
+    learning rate of every step already taken stays what it was (WSD before its decay), as do the values of knobs, and
+    no step is left undone.
     """
     found = changes(old, new)
     bad = [c for c in found if not _harmless(c[0], old, new, step)]
@@ -61,7 +62,10 @@ def _harmless(path: str, old: TrainRun, new: TrainRun, step: int) -> bool:
         return old.balance_over == new.balance_over == "batch"
     if path == "steps":
         past = old.optimizer.schedule
-        return new.steps >= step and all(past.factor(s, old.steps) == past.factor(s, new.steps) for s in range(step))
+        taken = range(step)
+        if any(knob.value(s, old.steps) != knob.value(s, new.steps) for knob in old.knobs for s in taken):
+            return False
+        return new.steps >= step and all(past.factor(s, old.steps) == past.factor(s, new.steps) for s in taken)
     return False
 
 

@@ -29,6 +29,7 @@ from ..core.trail import Key, Record, TermKey, Trail, add_stats
 from ..optim.touched import settle
 from ..tasks.batches import Batch, Batches
 from .config import TrainRun
+from .knobs import knobs_at
 from .ranks import Ranks
 from .stop import Stop
 from .terms import Reach, declared, pool, total
@@ -64,9 +65,9 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def signals_of(config: TrainRun, step: int) -> Signals:
-    """The signals common to all tokens of a step: its seed and how far training is."""
+    """The signals common to all tokens of a step: its seed, how far training is, and the knobs' values."""
     seed = fold(fold(fold(config.seed, "draws"), step), 0)
-    return Signals(seed=seed, progress=step / config.steps)
+    return Signals(seed=seed, progress=step / config.steps, knobs=knobs_at(config.knobs, step, config.steps))
 
 
 @dataclasses.dataclass
