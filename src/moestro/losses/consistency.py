@@ -15,7 +15,7 @@ def symmetric_kl(first: Tensor, second: Tensor, counted: Tensor | None = None) -
 
     Shapes: first, second [..., V] logits of p and q; counted [...] bool or None (False = neither value nor gradient).
     In fp32 (float64 for it) through log_softmax, so that no probability is too small for its logarithm. The gradient
-    flows through both. Source: THOR (arXiv 2110.04260), section 3.2; R-Drop (Liang et al. 2021, arXiv 2106.14448).
+    flows through both. Source: THOR (arXiv 2110.04260); R-Drop (Liang et al. 2021, arXiv 2106.14448).
     Raises `UserError` for logits of different shapes.
     """
     if first.shape != second.shape or (counted is not None and counted.shape != first.shape[:-1]):

@@ -6,6 +6,21 @@ from typing import ClassVar
 
 from ..core.config import Config, config
 from ..core.errors import UserError
+from .objectives import Classify, FindSpan, MatchPairs, NextToken, Objective, Translate, TwoPass, objectives
+
+__all__ = [
+    "Classify",
+    "Corpus",
+    "FindSpan",
+    "MatchPairs",
+    "NextToken",
+    "Objective",
+    "StandardLibrary",
+    "Text",
+    "Translate",
+    "TwoPass",
+    "objectives",
+]
 
 # Material ---------------------------------------------------------------------------------------------------------
 
@@ -40,18 +55,3 @@ class Text(Corpus):
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
             raise UserError(f"Text.validation must lie between 0 and 1, found {self.validation}")
-
-
-# Objective --------------------------------------------------------------------------------------------------------
-
-
-@config
-class Objective(Config):
-    """Base of objectives: what is built is `(model, batch, signals) -> Outcome`."""
-
-
-@config
-class NextToken(Objective):
-    """Language modelling: the cross-entropy of every next token."""
-
-    builds: ClassVar[str] = "moestro.tasks.language:NextTokenObjective"

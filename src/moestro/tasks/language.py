@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.signals import Signals
 from ..core.trail import Trail
 from .batches import Batch
-from .config import NextToken
+from .objectives import NextToken
+from .predictions import Outcome, Prediction, nats, told
 
-__all__ = ["NextTokenObjective", "Outcome"]
-
-
-class Outcome(NamedTuple):
-    """What one forward pass gives.
-
-    loss: [] sum of nats over the counted targets, with gradient. count: [] int64, how many those are.
-    trail: routing of all passes. metrics: further additive sums by name.
-    """
-
-    loss: Tensor
-    count: Tensor
-    trail: Trail
-    metrics: dict[str, Tensor]
+__all__ = ["NextTokenObjective", "Outcome", "with_places"]
 
 
 class NextTokenObjective:
@@ -38,15 +25,21 @@ class NextTokenObjective:
         """How many targets a batch has, known before any forward pass."""
         return int((batch.targets >= 0).sum())
 
-    def __call__(self, model: nn.Module, batch: Batch, signals: Signals) -> Outcome:
-        loss, count, _, trail = model.loss(batch.tokens, batch.targets, with_places(batch, signals))  # type: ignore[operator]
+    def __call__(self, model: Any, batch: Batch, signals: Signals) -> Outcome:
+        loss, count, _, trail = model.loss(batch.tokens, batch.targets, with_places(batch, signals))
         return Outcome(loss, count, trail, {})
+
+    def predict(self, model: Any, batch: Batch, signals: Signals) -> tuple[list[Prediction], Trail]:
+        """All logits with their targets."""
+        logits, _, trail = model(batch.tokens, with_places(batch, signals))
+        return [Prediction(logits.flatten(0, 1), batch.targets.reshape(-1))], trail
+
+    def nats(self, predictions: list[Prediction]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Their loss and metrics."""
+        return nats(predictions)
 
 
 def with_places(batch: Batch, signals: Signals) -> Signals:
-    """The signals with the tokens and their numbers in the global batch, [T] each.
-
-    Routed layers get positions and segments from the decoder. Attention must not: a segment means packed rows there,
-    and costs the kernel its causal path.
-    """
-    return dataclasses.replace(signals, token=batch.tokens.reshape(-1), unit_id=batch.unit_id)
+    """The signals with what the batch says of its tokens: `predictions.told`."""
+    more = (getattr(batch, name, None) for name in ("valid", "domain"))
+    return told(signals, batch.tokens, batch.unit_id, *more)
