@@ -32,7 +32,8 @@ def test_the_list(tmp_path: Path) -> None:
     assert status == 0
     text = " ".join(out.split())
     for e in CATALOGUE.values():
-        assert f"{e.number:02d} {e.slug} {e.year}" in text
+        assert f"{e.number:02d} {e.slug} {e.title.split()[0]}" in text
+        assert f"({e.year})" in text
     assert "planned: parts are missing" in text
     status, out, _ = command("papers", "--json")
     rows = json.loads(out)

@@ -19,7 +19,7 @@ from moestro.papers.paper import Agree, Arm, Claim, Computed, Difference, Paper,
 from moestro.papers.parts import PARTS
 from moestro.papers.record import LEAST_SEEDS, MINUTES, MINUTES_PER_SEED, judge
 from moestro.papers.registry import STATES, comparison, records, registered, state
-from moestro.papers.run import check, equal_updates
+from moestro.papers.run import check, equal_updates, reproduce
 from moestro.train.presets import PRESETS, preset
 from papers.paper_cases import ENTRY, made_up
 
@@ -53,11 +53,14 @@ def test_named_parts_exist() -> None:
 
 
 @pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.entry.slug)
-def test_every_comparison_keeps_the_contract(paper: Paper) -> None:
+def test_every_comparison_keeps_the_contract(paper: Paper, tmp_path: Path) -> None:
     check(paper, arms := tuple(paper.arms(True)))
     equal_updates(paper, arms, smoke=True)
     assert not paper.preset or paper.preset in PRESETS
     exec(compile(paper.example, paper.entry.slug, "exec"), {})
+    record = reproduce(paper, tmp_path, smoke=True, seeds=1)
+    assert record["seeds"] == [0]
+    assert (tmp_path / "picture.svg").is_file()
 
 
 def test_committed_records() -> None:

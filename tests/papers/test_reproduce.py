@@ -184,6 +184,7 @@ def test_smoke_needs_no_data(tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"updates": 11}, "other settings .arms"),
+        ({"revision": 2}, "other settings .revision"),
         ({"claims": (Claim(text="x", effect=gap(1.0)),)}, "other settings .rules"),
         ({"grid": (0.01, 0.1)}, "other settings .grid"),
         ({"arms": lambda smoke: arms(smoke)[:2], "claims": CLAIMS[:1]}, "other settings .arms"),

@@ -49,16 +49,18 @@ def _all(options: Options) -> None:
     if options.json:
         print(json.dumps([_plain(e, s) for e, s in found]))
         return
-    rows = [[f"{e.number:02d}", e.slug, str(e.year), e.title, e.adds, _word(s), s.verdict or "–"] for e, s in found]
+    rows = [
+        [f"{e.number:02d}", e.slug, f"{e.title} ({e.year})\n{e.adds}", _word(s), s.verdict or "–"] for e, s in found
+    ]
     note = "; ".join(f"{word}: {meaning}" for word, meaning in STATES.items()).replace("`", "")
-    columns = ["no.", "name", "year", "title", "what it adds", "state", "verdict"]
+    columns = ["no.", "name", "title (year), and what it adds", "state", "verdict"]
     print_table(
         sys.stdout,
         "Published systems: moestro papers NAME shows one",
         columns,
         rows,
-        f"States. {note}. Verdict: of the last record.",
-        left=7,
+        f"States. {note}. Figures: parts that are there. Verdict: of the last record.",
+        left=5,
     )
 
 
@@ -88,7 +90,7 @@ def _one(found: Entry, options: Options) -> None:
 
 def _word(found: State) -> str:
     there = sum(map(bool, found.parts.values()))
-    return f"{found.word}, {there} of {len(found.parts)} parts" if found.word == "planned" and there else found.word
+    return f"{found.word} {there}/{len(found.parts)}" if found.word == "planned" and there else found.word
 
 
 def _about(name: str) -> str:

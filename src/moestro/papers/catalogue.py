@@ -213,7 +213,7 @@ _TABLE = """
   + diffusion tokens routed by role, then by learned prototypes that a contrastive loss keeps apart
 
 44 point-moe 2025 2505.23926
-  Point-MoE
+  Point-MoE: Towards Cross-Domain Generalization in 3D Semantic Segmentation via Mixture-of-Experts
   + a point transformer for many kinds of scenes whose output projections are experts, without labels of the
     kind
 

@@ -293,6 +293,8 @@ class Paper:
     """Share of an arm's updates that choosing its learning rate takes per candidate. At 1 the chosen candidate is the
     first seed's run."""
     smoke_updates: int = 2
+    revision: int = 1
+    """To be raised when `train`, `prepare` or `data` give something else: runs of before are then not gone on with."""
     notes: tuple[str, ...] = ()
     """What a reader must know: what was tried, what differs from the paper."""
 

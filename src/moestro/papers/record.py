@@ -161,6 +161,7 @@ def _settings(paper: Paper, arms: Sequence[Arm], updates: Mapping[str, int], smo
             "config": _digest({"model": model, "options": dict(arm.options), "passes": arm.passes}),
         }
     return {
+        "revision": paper.revision,
         "system": paper.system,
         "grid": list(paper.grid[:1] if smoke else paper.grid),
         "tuning": paper.tuning,
