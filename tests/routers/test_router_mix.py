@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flop_cases import counter
+from moestro.core.account import cost
 from moestro.core.carry import Carry
 from moestro.core.errors import UserError
 from moestro.core.plan import Plan
@@ -17,7 +19,7 @@ from moestro.losses import SwitchBalance
 from moestro.models import examples as models
 from moestro.moe import MoELayer
 from moestro.nn import Attention
-from moestro.routers import AttentionMix, FixedNoise, NearBest, Raw, Router, SimilarityMix, SoftmaxKept, TopK
+from moestro.routers import AttentionMix, FixedNoise, Mix, NearBest, Raw, Router, SimilarityMix, SoftmaxKept, TopK
 from moestro.routers.router import StepRouter
 from moestro.serve.generate import generate
 from moestro.testing.attend import Map
@@ -207,6 +209,22 @@ def test_generation_is_that_of_whole_passes() -> None:
             logits = model.eval()(torch.tensor([prompt + made]))[0]
         made.append(int(logits[0, -1].argmax()))
     assert generate(model, prompt, 6).tokens.tolist() == made
+
+
+@pytest.mark.parametrize(("mix", "kv"), [(SimilarityMix(), 4), (AttentionMix(), 4), (AttentionMix(), 2)])
+def test_flops_are_those_of_the_operations(mix: Mix, kv: int) -> None:
+    """Nine ids in heads of width 4: the attention's kernel is called three times more."""
+    moe = MoELayer(num_experts=9, router=Router(mix=mix), experts=Gated(width=8), losses=())
+    attention = Attention(num_heads=4, num_kv_heads=kv, head_dim=4)
+    model = models()["moe"].replace(moe=moe, attention=attention, context=16).build()
+    tokens = torch.randint(0, 7, (2, 16))
+    want = cost(model, 16)
+    with counter() as count:
+        logits = model(tokens)[0]
+    assert count.get_total_flops() == 32 * want.flops
+    with counter() as count:
+        logits.sum().backward()
+    assert count.get_total_flops() == 32 * (want.train_flops - want.flops)
 
 
 def test_weights_of_logits_are_refused() -> None:

@@ -17,6 +17,7 @@ from ..nn.cross import Memory
 from ..ops.cross_entropy import cross_entropy
 from ..ops.few import linear
 from ..ops.pages import large_pages
+from ..routers.mix import AttentionMixStep
 from ..routers.steps import MixStep
 from .config import Block as BlockConfig
 from .config import Decoder as DecoderConfig
@@ -124,6 +125,22 @@ class Block(nn.Module):
         seen = changed(signals.at("ffn"), **where, attend=attend, places=None)
         y, inner, trail = self.ffn(x, seen, carry.at("ffn"))
         return y, carry.back("ffn", inner), trail.under("ffn")
+
+    def extra_flops(self, seq_len: int) -> int:
+        """Of a router that averages over the attention: the whole kernel again, not only its last product."""
+        mix, calls = self._looks()
+        return calls * self.mixer.extra_flops(seq_len) - mix.extra_flops(seq_len) if calls else 0
+
+    def extra_backward_flops(self, seq_len: int) -> int:
+        _, calls = self._looks()
+        return calls * self.mixer.extra_backward_flops(seq_len) if calls else 0
+
+    def _looks(self) -> tuple[Any, int]:
+        """The router's mix step, and how often it calls the mixer's attention: once per head's width of ids."""
+        mix = getattr(getattr(self.ffn, "router", None), "mix", None)
+        if not isinstance(mix, AttentionMixStep) or not getattr(self.mixer, "offers_operator", False):
+            return mix, 0
+        return mix, -(-mix.num_ids // self.mixer.head_dim)
 
 
 class ParallelBlock(Block):

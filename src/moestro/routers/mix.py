@@ -99,7 +99,7 @@ class AttentionMixStep(MixStep):
 
     A is never made: `signals.attend` applies it, v -> A v, by one more call of the attention's kernel, in the dtype of
     its queries. Gradients flow through A as well. FLOPs are counted as those of A v; the kernel computes its scores
-    anew, at the price of one head-wide attention.
+    anew, which blocks count (`models.decoder.Block`).
     """
 
     needs = ("attend",)
