@@ -1,0 +1,104 @@
+"""The checkpoints of Optimal Sparsity (brief 39): Mixtral's format as the authors' converter writes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moestro import convert
+from moestro.convert.family import canonical, difference
+from moestro.convert.loading import read_config
+from moestro.models.decoder import Decoder
+from moestro.models.sizes import optimal_sparsity, size_name
+from moestro.testing.compare import assert_close
+
+
+def config_json(dim: int, num_experts: int, top_k: int, **changes: Any) -> dict[str, Any]:
+    """config.json of mcore_to_hf_mixtral: sizes from the saved arguments, a constant balance coefficient."""
+    heads = max(1, dim // 64)
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": dim,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * dim,
+        "max_position_embeddings": 4096,
+        "num_attention_heads": heads,
+        "num_experts_per_tok": top_k,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": heads,
+        "num_local_experts": num_experts,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "router_aux_loss_coef": 0.01,
+        "router_jitter_noise": 0.0,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 99_487,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ((512, 8, 2), "d512-E8-k2-320M-A170M"),
+        ((1024, 16, 2), "d1024-E16-k2-1.9B-A470M"),
+        ((2048, 128, 2), "d2048-E128-k2-52B-A1.5B"),
+    ],
+)
+def test_a_published_config_is_the_model_of_its_name(sizes, name):
+    config = read_config(config_json(*sizes))
+    assert size_name(config) == name
+    assert difference(canonical(config), canonical(optimal_sparsity(*sizes))) is None
+
+
+def test_a_checkpoint_in_their_keys_loads_and_routes_as_written(tmp_path):
+    """Tiny random tensors under the published names, one expert computed by hand."""
+    d, E, V, L = 16, 4, 23, 2
+    fields = config_json(d, E, 2, vocab_size=V, num_hidden_layers=L, num_attention_heads=2, num_key_value_heads=2)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    tensors = {"model.embed_tokens.weight": draw(V, d), "lm_head.weight": draw(V, d), "model.norm.weight": draw(d)}
+    for i in range(L):
+        at = f"model.layers.{i}."
+        tensors |= {f"{at}self_attn.{n}_proj.weight": draw(d, d) for n in "qkvo"}
+        tensors |= {f"{at}{n}.weight": 1 + draw(d) for n in ("input_layernorm", "post_attention_layernorm")}
+        tensors[f"{at}block_sparse_moe.gate.weight"] = draw(E, d)
+        for e in range(E):
+            one = f"{at}block_sparse_moe.experts.{e}."
+            tensors |= {f"{one}w1.weight": draw(2 * d, d), f"{one}w3.weight": draw(2 * d, d)}
+            tensors[f"{one}w2.weight"] = draw(d, 2 * d)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = convert.load(tmp_path).model
+    assert isinstance(model, Decoder)
+    x = draw(5, d)
+    one = "model.layers.1.block_sparse_moe."
+    probs = (x @ tensors[f"{one}gate.weight"].T).softmax(-1)
+    weight, expert = probs.topk(2)
+    weight = weight / weight.sum(-1, keepdim=True)
+    want = torch.zeros(5, d)
+    for t in range(5):
+        for k in range(2):
+            w = {n: tensors[f"{one}experts.{int(expert[t, k])}.w{n}.weight"] for n in (1, 2, 3)}
+            hidden = torch.nn.functional.silu(w[1] @ x[t]) * (w[3] @ x[t])
+            want[t] += weight[t, k] * (w[2] @ hidden)
+    layer: Any = model.layers[1]
+    with torch.no_grad():
+        assert_close("routed layer", layer.ffn(x)[0], want, 1e-5)
+        assert bool(model(torch.arange(9)[None])[0].isfinite().all())
