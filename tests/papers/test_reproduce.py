@@ -176,7 +176,7 @@ def test_smoke_needs_no_data(tmp_path: Path) -> None:
     assert record["summary"]["verdict"] == "undecided"
     assert record["settings"]["grid"] == [0.001]
     assert seen.total == 3 * (2 + 2 + 4)
-    with pytest.raises(UserError, match="a record of other settings .grid, arms"):
+    with pytest.raises(UserError, match="a record of other settings .smoke, grid, arms"):
         reproduce(made_up(), tmp_path / "out", data=Path("/nowhere"))
 
 

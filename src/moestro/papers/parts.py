@@ -11,9 +11,14 @@ PARTS: dict[str, dict[str, str]] = {
     "thor": {
         "uniform random choice": "moestro.routers.config:Random",
         "encoder-decoder": "moestro.models.config:EncoderDecoder",
-        "two-pass consistency": "",
+        "two-pass consistency": "moestro.tasks.objectives:TwoPass",
+        "sentence pairs": "moestro.tasks.data.config:Multi30k",
     },
-    "similarity-attention-aware-smoe": {"mix by similarity": "", "mix by attention": ""},
+    "similarity-attention-aware-smoe": {
+        "mix by similarity": "moestro.routers.mixes:SimilarityMix",
+        "mix by attention": "moestro.routers.mixes:AttentionMix",
+        "encoder with a class head": "moestro.models.heads_config:ClassHead",
+    },
     "bam": {
         "branches into one mixture": "moestro.convert.config:BranchAttendMix",
         "experts of attention": "moestro.moe.config:AttentionExperts",
@@ -23,8 +28,9 @@ PARTS: dict[str, dict[str, str]] = {
         "top-2 with a random second": "moestro.routers.limits:RandomSecond",
         "capacity": "moestro.routers.limits:Capacity",
         "encoder": "moestro.models.config:Encoder",
-        "span head": "",
-        "augmented questions": "",
+        "span head": "moestro.models.heads_config:SpanHead",
+        "objective of spans": "moestro.tasks.objectives:FindSpan",
+        "augmented questions": "moestro.tasks.data.augment:augmented",
     },
     "dynamic-routing": {
         "top-p choice": "moestro.routers.config:TopP",
@@ -45,7 +51,9 @@ PARTS: dict[str, dict[str, str]] = {
         "enforced routing": "moestro.routers.config:Label",
         "dense into equal experts": "moestro.convert.config:Copy",
         "mutual-information loss": "moestro.losses.config:MutualInformation",
-        "multiple-negatives loss": "",
+        "embedding head": "moestro.models.heads_config:EmbeddingHead",
+        "multiple-negatives loss": "moestro.losses.pair_config:MNR",
+        "objective of pairs": "moestro.tasks.objectives:MatchPairs",
     },
     "optimal-sparsity": {
         "decoder of routed layers": "moestro.models.config:Decoder",
@@ -56,9 +64,14 @@ PARTS: dict[str, dict[str, str]] = {
     "smoe-dropout": {
         "frozen random score": "moestro.routers.config:Frozen",
         "softmax over kept": "moestro.routers.config:SoftmaxKept",
-        "schedule of the number of experts": "",
+        "schedule of the number of experts": "moestro.train.knobs:LinearRamp",
     },
-    "growing-transformers": {"frozen embeddings": "", "growth by layers": ""},
+    "growing-transformers": {
+        "embeddings of codes": "moestro.nn.embeddings:IdCode",
+        "embeddings of glyphs": "moestro.nn.embeddings:Glyphs",
+        "several models as one": "moestro.models.ensembles:Ensemble",
+        "growth by layers": "moestro.convert.config:Grow",
+    },
     "ewa": {
         "random partition": "moestro.routers.config:Partition",
         "averaging after a step": "moestro.optim.config:ExpertAveraging",

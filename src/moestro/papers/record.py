@@ -162,6 +162,7 @@ def _settings(paper: Paper, arms: Sequence[Arm], updates: Mapping[str, int], smo
         }
     return {
         "revision": paper.revision,
+        "smoke": smoke,
         "system": paper.system,
         "grid": list(paper.grid[:1] if smoke else paper.grid),
         "tuning": paper.tuning,
