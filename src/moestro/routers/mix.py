@@ -97,9 +97,9 @@ class SimilarityMixStep(MixStep):
 class AttentionMixStep(MixStep):
     """probs' = A probs, A = mean over heads of the attention before the layer (uniform weights of heads).
 
-    A is never made: `signals.attend` applies it, v -> A v, by one more call of the attention's kernel, in the dtype of
-    its queries. Gradients flow through A as well. FLOPs are counted as those of A v; the kernel computes its scores
-    anew, which blocks count (`models.decoder.Block`).
+    Rows of A sum to 1, or to less where the attention has sinks. A is never made: `signals.attend` applies it, v -> A
+    v, by one more call of the attention's kernel, in the dtype of its queries. Gradients flow through A as well. FLOPs
+    are counted as those of A v; the kernel computes its scores anew, which blocks count (`models.decoder.Block`).
     """
 
     needs = ("attend",)
