@@ -18,6 +18,7 @@ from moestro.papers.paper import Arm, Diverged, Job
 from moestro.routers.config import LossFree, Router, TopK
 from moestro.tasks.batches import Batch
 from moestro.tasks.config import NextToken
+from moestro.train.knobs import LinearRamp
 from moestro.train.presets import preset
 
 S, B = 16, 4
@@ -96,6 +97,19 @@ def _apart(made: nn.Module) -> float:
     """Mean distance of experts from their mean."""
     found = [p.detach() for name, p in made.named_parameters() if name.endswith("experts.down")]
     return float(torch.stack([(p - p.mean(0)).square().mean() for p in found]).mean())
+
+
+def test_knobs_follow_their_schedule() -> None:
+    seen: list[int] = []
+
+    def watch(step: int, outcome: Any) -> None:
+        plan = next(iter(outcome.trail.plans().values()))
+        seen.append(plan.expert.shape[1])
+
+    fit(model().build(), NextToken().build(), batch, job(updates=4), knobs=(LinearRamp(start=1, end=4),), watch=watch)
+    assert seen == [1, 2, 3, 3]  # 1 + round(3 t / 4), halves to even
+    with pytest.raises(UserError, match="can choose 1 to 4 experts"):
+        fit(model().build(), NextToken().build(), batch, job(updates=4), knobs=(LinearRamp(start=1, end=5),))
 
 
 def test_a_loss_that_is_not_finite() -> None:

@@ -15,6 +15,8 @@ from ..optim.config import AdamW, Optimizer
 from ..optim.config import AfterStep as AfterStepConfig
 from ..optim.hooks import AfterStep, RouterSteps
 from ..optim.touched import settle
+from ..train.knobs import Knob, knobs_at
+from ..train.sweep import check_knobs
 from ..train.terms import Reach, total
 from .paper import Diverged, Job
 
@@ -29,27 +31,27 @@ def fit(
     *,
     optimizer: Optimizer | None = None,
     after: Sequence[AfterStepConfig] = (),
-    signals: Callable[[int], Signals] | None = None,
+    knobs: Sequence[Knob] = (),
     watch: Callable[[int, Any], None] | None = None,
 ) -> None:
     """Train `model` for `job.updates` steps at peak learning rate `job.lr`.
 
     objective: `(model, batch, signals)` -> what objectives of `tasks` return: sum of nats, count, trail; balance losses
     of the trail join with their coefficients. batches: step -> the batch of that step. optimizer: all but the learning
-    rate. after: hooks after the step; routers that have a state move it in any case. signals: step -> what routers get
-    (default: a seed of their own and the progress). watch: `(step, outcome)` before the step is taken.
+    rate. after: hooks after the step; routers that have a state move it in any case. knobs: schedules of call-time
+    values of routers. watch: `(step, outcome)` before the step is taken.
 
     Raises `Diverged` (a `UserError`) where the loss or the gradient is not finite; the weights are those before it.
     """
     settings = (optimizer or AdamW()).replace(lr=job.lr)
     made = settings.build(model)
+    check_knobs(knobs, model, job.updates)
     hooks: list[AfterStep] = [RouterSteps(model), *(hook.build(model, job.updates) for hook in after)]
     reach = Reach(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for step in range(job.updates):
         model.train()
-        given = signals(step) if signals else _signals(job, step)
-        outcome = objective(model, batches(step), given)
+        outcome = objective(model, batches(step), _signals(job, knobs, step))
         extra, _ = total(outcome.trail, reach)
         loss = outcome.loss / outcome.count + extra
         if watch is not None:
@@ -74,5 +76,7 @@ def fit(
         job.tick(1)
 
 
-def _signals(job: Job, step: int) -> Signals:
-    return Signals(seed=fold(fold(fold(job.seed, "draws"), step), 0), progress=step / job.updates)
+def _signals(job: Job, knobs: Sequence[Knob], step: int) -> Signals:
+    """As in runs: a seed of the step, how far training is, and the knobs' values."""
+    seed = fold(fold(fold(job.seed, "draws"), step), 0)
+    return Signals(seed=seed, progress=step / job.updates, knobs=knobs_at(knobs, step, job.updates))
