@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 
+from moestro.adapt.attach import attach
+from moestro.adapt.config import LoRA
 from moestro.convert.config import Grow
 from moestro.convert.grow import grown
 from moestro.core.account import cost
 from moestro.core.errors import UserError
 from moestro.models import Block, Decoder, ParallelBlock, encoders, examples
-from moestro.models.growth import step_cost, still
+from moestro.models.growth import step_cost, still, thaw
 from moestro.nn import Attention, FeedForward, IdCode, PlainFeedForward
 from moestro.optim.config import AdamW
 from moestro.optim.hooks import RouterSteps
@@ -93,6 +95,32 @@ def test_balancing_biases_of_frozen_blocks_stand_still():
     RouterSteps(model)(1, counts)
     moved = {n.split(".")[1] for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert moved == {"2"}
+
+
+def test_brief_45_a_last_stage_with_low_rank_updates_of_all_blocks():
+    """LoRA on the old blocks, the new block and the head whole; what the old blocks were stays, bit for bit."""
+    model, _ = Grow().build(BASE.build(), text=TEXT)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with torch.no_grad():
+        want = model(TEXT)[0]
+    attach(model, LoRA(rank=2, targets=("ffn", "attention"), layers=(0, 1)))
+    names = thaw(model, ["2", "norm", "head"])
+    assert {n.split(".")[1] for n in names if n.startswith("layers.")} == {"0", "1", "2"}
+    with torch.no_grad():
+        assert torch.equal(model(TEXT)[0], want)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model.loss(TEXT[:, :-1], TEXT[:, 1:])[0]
+        loss.backward()
+        optimizer.step()
+    after = model.state_dict()
+    for name in before:
+        if name.startswith(("layers.0.", "layers.1.")):
+            assert torch.equal(after[name], before[name]), name
+    with torch.no_grad():
+        assert float((model(TEXT)[0] - want).norm()) > 0
+    assert not torch.equal(after["layers.2.ffn.down"], before["layers.2.ffn.down"])
 
 
 def test_what_a_step_costs():

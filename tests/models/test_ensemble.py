@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -22,6 +23,10 @@ from moestro.routers import Constant, Label, Router, Uniform
 from moestro.serve.generate import generate
 from moestro.testing.compare import assert_close
 from moestro.testing.models import check_model
+from moestro.train.held_out import held_out, validate
+from moestro.train.load import load
+from moestro.train.run import run
+from train.train_cases import tiny
 
 BASE = examples()["dense"].replace(embedding=IdCode(bits=8), init_std=0.3)
 TOKENS = torch.randint(0, 37, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -66,7 +71,7 @@ def test_the_loss_is_that_of_the_average(space):
         -found[b, s, int(targets[b, s])] for b in range(3) for s in range(10) if targets[b, s] >= 0 and 10 * b + s < 27
     ]
     assert int(count) == len(want) == 23
-    assert float(total.detach()) == pytest.approx(float(sum(want)), rel=1e-5)
+    assert float(total.detach()) == pytest.approx(float(torch.stack(want).detach().sum()), rel=1e-5)
 
 
 def test_members_keep_what_they_route_under_their_own_paths():
@@ -128,6 +133,19 @@ def test_a_mixture_of_specialists_beats_each_on_the_mixture():
     with torch.no_grad():
         nats = {n: float(m.loss(*both)[0]) for n, m in {"a": a, "b": b, "mean": ensemble([a, b])}.items()}
     assert nats["mean"] < min(nats["a"], nats["b"])
+
+
+def test_runs_are_evaluated_together(tmp_path):
+    """The held-out loss of a run's model, twice over, is that of the run; of two states, that of their average."""
+    result = tmp_path / "run"
+    run(tiny(tmp_path, steps=4, eval_every=2, eval_windows=2), out=result)
+    last, batches = load(result, state="last"), held_out(load(result))
+    other = last.config.model.replace(seed=5, vocab_size=256).build()
+    alone = validate(last, batches)
+    twice = dataclasses.replace(last, model=ensemble([last.model, last.model]))  # type: ignore[list-item]
+    assert validate(twice, batches) == pytest.approx(alone, rel=1e-6)
+    mixed = dataclasses.replace(last, model=ensemble([last.model, other]))  # type: ignore[list-item]
+    assert validate(mixed, batches) != pytest.approx(alone, rel=1e-3)
 
 
 def test_configs_travel_and_name_what_does_not_fit():

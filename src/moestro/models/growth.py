@@ -12,7 +12,7 @@ from ..core.account import cost
 from ..core.errors import UserError
 from .stack import Stack
 
-__all__ = ["StepCost", "frozen_paths", "step_cost", "still"]
+__all__ = ["StepCost", "frozen_paths", "step_cost", "still", "thaw"]
 
 
 def still(model: Stack, parts: Sequence[str]) -> list[str]:
@@ -23,16 +23,29 @@ def still(model: Stack, parts: Sequence[str]) -> list[str]:
     What was frozen before stays frozen. A head that is tied to the embedding goes with it. Raises `UserError` for other
     words, for blocks that the model does not have, and where nothing would be left to train. Source: brief 45, B.
     """
-    paths = frozen_paths(model, parts)
-    for path in paths:
-        found = model.get_submodule(path)
-        found.requires_grad_(False)
-        for module in found.modules():
-            if hasattr(module, "still"):
-                module.still = True  # type: ignore[assignment]
+    _set(model, parts, moves=False)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"freezing {', '.join(parts)} leaves nothing of this model to train")
     return [n for n, p in model.named_parameters() if not p.requires_grad]
+
+
+def thaw(model: Stack, parts: Sequence[str]) -> list[str]:
+    """Let frozen parts train again; words as for `still`. Returns the names of the parameters that train.
+
+    With adapters on all blocks (`adapt.attach` freezes everything else), this frees the newest blocks and the head: the
+    last stages of brief 45, B.
+    """
+    _set(model, parts, moves=True)
+    return [n for n, p in model.named_parameters() if p.requires_grad]
+
+
+def _set(model: Stack, parts: Sequence[str], *, moves: bool) -> None:
+    for path in frozen_paths(model, parts):
+        found = model.get_submodule(path)
+        found.requires_grad_(moves)
+        for module in found.modules():
+            if hasattr(module, "still"):
+                module.still = not moves  # type: ignore[assignment]
 
 
 def frozen_paths(model: Stack, parts: Sequence[str]) -> list[str]:
