@@ -19,8 +19,6 @@ from .style import print_table
 
 __all__ = ["main"]
 
-USAGE = "papers [NAME]"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -36,7 +34,7 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
-    options = parse(Options, args, verb="papers", usage=USAGE)
+    options = parse(Options, args, verb="papers")
     if options.name:
         _one(entry(options.name), options)
     else:

@@ -20,8 +20,6 @@ from .style import print_table
 
 __all__ = ["main"]
 
-USAGE = "reproduce NAME"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
@@ -43,7 +41,7 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
-    options = parse(Options, args, verb="reproduce", usage=USAGE)
+    options = parse(Options, args, verb="reproduce")
     found = comparison(options.name)
     slug = found.entry.slug
     out = options.out or Path("runs") / "reproduce" / (f"{slug}-smoke" if options.smoke else slug)
