@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moestro import convert
 from moestro.core.account import cost
 from moestro.core.errors import UserError
 from moestro.models import Decoder, EncoderDecoder, encoder_decoders, examples
@@ -175,3 +176,14 @@ def test_an_encoder_decoder_shares_a_frozen_table():
 def test_the_config_travels_as_json():
     config = BASE.replace(embedding=IdCode(bits=8))
     assert Decoder.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("embedding", [IdCode(bits=8), Glyphs(cell=8)])
+def test_checkpoints_hold_it_and_other_families_refuse_it(tmp_path, embedding):
+    model = BASE.replace(embedding=embedding).build().eval()
+    convert.save(model, tmp_path / "own")
+    again = convert.load(tmp_path / "own").model
+    tokens = torch.arange(9)[None]
+    assert torch.equal(again(tokens)[0], model(tokens)[0])
+    with pytest.raises(UserError, match="embedding"):
+        convert.save(model, tmp_path / "theirs", to="llama")
