@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .inspect import BATCH, layer_rows, read_text
+from .passage import BATCH, Seen, publish, read_text
 
 __all__ = ["inspect_folder"]
 
@@ -30,10 +29,8 @@ def inspect_folder(
     """
     import torch
 
-    from ..report.page import ReportData, write
     from ..tasks.tokenizer_file import read_tokenizer
     from ..trace.record import Recorder
-    from ..train.files import write_json
     from ..train.layout import is_run
 
     try:
@@ -82,37 +79,8 @@ def inspect_folder(
                 columns = {name: values[at] for name, values in text.labels.items()}
                 columns |= {"token": text.ids[at], "position": torch.arange(S).repeat(n)}
                 recorder.sample(1, "text", trail, {**columns, "segment": torch.arange(n).repeat_interleave(S)})
-    trace = recorder.trace()
-    out.mkdir(parents=True, exist_ok=True)
-    recorder.write(out / "trace.safetensors")
-    summary = {
-        "run": str(folder),
-        "step": 0,
-        "data": data,
-        "tokens": targets,
-        "nats": nats / targets,
-        "bits_per_byte": nats / math.log(2) / max(1, text_bytes),
-        "layers": dict(layer_rows(trace)),
-        "trace": str(out / "trace.safetensors"),
-        "report": str(out / "report.html"),
-    }
-    write_json(out / "summary.json", summary)
-    write(
-        out / "report.html",
-        ReportData(
-            title=f"The routing of {folder.resolve().name} on {Path(data).name}",
-            lead=f"{data}: {text.files} files, the first {len(text.ids)} tokens; weights of {folder}.",
-            trace=trace,
-            tiles=[
-                ("bits per byte", f"{summary['bits_per_byte']:.4f}", f"{targets} tokens, {text_bytes} bytes"),
-                ("nats per token", f"{summary['nats']:.4f}", f"sequences of {S}"),
-            ],
-            config=_plain(config),
-            command=command,
-            notes=("Nothing was trained. Steps in the pictures are passes over consecutive parts of the text.",),
-        ),
-    )
-    return summary
+    about = Seen(source=str(folder), step=0, data=data, seq_len=S, nats=nats, targets=targets, text_bytes=text_bytes)
+    return publish(out, recorder, text, about, _plain(config), command)
 
 
 def _context(config: Any) -> int:

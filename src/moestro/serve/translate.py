@@ -17,11 +17,9 @@ from ..core.signals import Signals
 from ..core.trail import Trail
 from ..models.encoder_decoder import EncoderDecoder
 from ..nn.cross import Memory
-from .generate import Generated, evaluating, generate, read_prompts, sequences
+from .loop import Generated, Ids, evaluating, go_on, read_prompts, sequences
 
 __all__ = ["Beam", "beam_search", "read_source", "translate"]
-
-Ids = Tensor | Sequence[int]
 
 
 class Writer(nn.Module):
@@ -42,7 +40,6 @@ def translate(
     model: EncoderDecoder,
     source: Ids | Sequence[Ids],
     max_new_tokens: int = 128,
-    *,
     prefix: Ids = (),
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -54,14 +51,14 @@ def translate(
     """Write the target of a source, token ids [N], or of several of different lengths (their padding is never seen).
 
     The decoder reads the model's start token and then `prefix`, neither of which is part of the result. Everything else
-    is as in `serve.generate.generate`, which this calls.
+    is as in `serve.generate.generate`.
     """
     single, sources = read_prompts(source)
     with evaluating(model), torch.no_grad():
         writer = Writer(model, read_source(model, sources))
-        begin = [model.config.start, *torch.as_tensor(prefix, dtype=torch.int64).tolist()]
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        made = generate(writer, [begin] * len(sources), max_new_tokens, stop=stop, stream=stream, **sampling)
+        begin = torch.tensor([model.config.start, *torch.as_tensor(prefix, dtype=torch.int64).tolist()])
+        prompts = [begin] * len(sources)
+        made = go_on(writer, prompts, max_new_tokens, temperature, top_p, top_k, seed, stop, stream)
     return made[0] if single else made
 
 
