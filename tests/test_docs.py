@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 
 from moestro.cli.app import VERBS
-from moestro.convert import rules
+from moestro.convert.checkpoint import rules
 from moestro.convert.config import METHODS
 from moestro.convert.families import FAMILIES
 from moestro.convert.hf.experts import Path as Path_of_experts

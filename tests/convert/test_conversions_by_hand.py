@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from moestro.convert.conduct import Claim, Made, conduct, experts_of
+from moestro.convert.change.conduct import Claim, Made, conduct, experts_of
+from moestro.convert.change.mlp import find
 from moestro.convert.config import (
     AddExperts,
     Average,
@@ -21,7 +22,6 @@ from moestro.convert.config import (
     Prune,
     Taylor,
 )
-from moestro.convert.mlp import find
 from moestro.convert.receipt import ConversionError, Receipt, read, verify
 from moestro.convert.upcycle.neurons import importance, kmeans
 from moestro.core.errors import UserError
@@ -148,7 +148,7 @@ def test_importance_of_a_neuron_is_its_activation_times_its_slope():
 
 
 def _inputs(x):
-    from moestro.convert.samples import Samples
+    from moestro.convert.change.samples import Samples
 
     return Samples((x,), "inputs")
 

@@ -9,8 +9,8 @@ import torch
 
 from moestro.adapt.attach import attach
 from moestro.adapt.config import LoRA
+from moestro.convert.change.grow import grown
 from moestro.convert.config import Grow
-from moestro.convert.grow import grown
 from moestro.core.account import cost
 from moestro.core.errors import UserError
 from moestro.models import Block, Decoder, ParallelBlock, encoders, examples

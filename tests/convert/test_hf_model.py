@@ -255,7 +255,7 @@ def test_wrong_calls_say_what_to_do() -> None:
 
 def test_text_generation_pipeline(tmp_path: Path) -> None:
     model(vocab_size=256).save_pretrained(tmp_path)
-    from moestro.convert.tokenizer import write_tokenizer
+    from moestro.convert.checkpoint.tokenizer import write_tokenizer
 
     write_tokenizer(tmp_path, "bytes")
     made = pipeline("text-generation", model=str(tmp_path), device="cpu")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moestro import convert
+from moestro.convert.checkpoint.family import canonical, config_fields
 from moestro.convert.families import find
-from moestro.convert.family import canonical, config_fields
 from moestro.core.errors import UserError
 from moestro.models import EncoderDecoder, published
 from moestro.nn import Attention, LatentAttention

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moestro import convert
-from moestro.convert.family import canonical, difference
+from moestro.convert.checkpoint.family import canonical, difference
 from moestro.convert.loading import read_config
 from moestro.models.decoder import Decoder
 from moestro.models.sizes import optimal_sparsity, size_name

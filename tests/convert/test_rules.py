@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.convert.apply import to_ours, to_theirs
-from moestro.convert.boxes import View
-from moestro.convert.rules import (
+from moestro.convert.checkpoint.apply import to_ours, to_theirs
+from moestro.convert.checkpoint.boxes import View
+from moestro.convert.checkpoint.rules import (
     Copy,
     Fuse,
     Ignored,
@@ -23,7 +23,7 @@ from moestro.convert.rules import (
     Table,
     Transpose,
 )
-from moestro.convert.tensors import DictTensors, Entry
+from moestro.convert.checkpoint.tensors import DictTensors, Entry
 from moestro.core.errors import UserError
 
 

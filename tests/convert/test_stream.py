@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from moestro.convert.apply import to_theirs
+from moestro.convert.checkpoint.apply import to_theirs
+from moestro.convert.checkpoint.folder import FolderTensors
+from moestro.convert.checkpoint.tensors import Entry
 from moestro.convert.families import find
-from moestro.convert.folder import FolderTensors
 from moestro.convert.loading import meta_entries, read_config
-from moestro.convert.tensors import Entry
 
 MB = 1 << 20
 SHARD = 256 * MB

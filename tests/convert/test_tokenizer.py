@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moestro import convert
+from moestro.convert.checkpoint.tokenizer import FILES, byte_characters, write_tokenizer
 from moestro.convert.families import FAMILIES, find
-from moestro.convert.tokenizer import FILES, byte_characters, write_tokenizer
 from moestro.core.errors import UserError
 from moestro.models import Decoder
 from moestro.tasks.tokenizer import Bytes

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moestro import convert
+from moestro.convert.checkpoint.mxfp4 import Dequantised, dequantise
+from moestro.convert.checkpoint.tensors import DictTensors
 from moestro.convert.families import find
-from moestro.convert.mxfp4 import Dequantised, dequantise
-from moestro.convert.tensors import DictTensors
 from moestro.core.errors import UserError
 from moestro.serve.generate import generate
 from moestro.serve.weights import pack_model

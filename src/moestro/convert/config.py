@@ -390,7 +390,7 @@ class AddExperts(Resize):
 class Grow(Conversion):
     """New blocks on top of a trained model, which stands still from there on (Growing Transformers, brief 45)."""
 
-    builds: ClassVar[str] = "moestro.convert.grow:grow"
+    builds: ClassVar[str] = "moestro.convert.change.grow:grow"
     blocks: int = 1
     """New blocks."""
     block: Block | None = None

@@ -13,13 +13,13 @@ from torch import nn
 from ..core.config import Config
 from ..core.errors import UserError
 from ..ops.pages import large_pages
-from .apply import to_ours
-from .boxes import View
+from .checkpoint.apply import to_ours
+from .checkpoint.boxes import View
+from .checkpoint.family import Family, read_fields
+from .checkpoint.folder import CONFIG, FolderTensors, read_json
+from .checkpoint.problems import Problems
+from .checkpoint.tensors import Entry, ModelTensors, Tensors
 from .families import find
-from .family import Family, read_fields
-from .folder import CONFIG, FolderTensors, read_json
-from .problems import Problems
-from .tensors import Entry, ModelTensors, Tensors
 
 __all__ = ["Loaded", "Opened", "load", "meta_entries", "open_folder", "read_config"]
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from ..core.config import Config
 from ..core.errors import UserError
-from .apply import to_theirs
-from .boxes import Box, View, read_box
+from .checkpoint.apply import to_theirs
+from .checkpoint.boxes import Box, View, read_box
+from .checkpoint.family import config_fields
+from .checkpoint.folder import CONFIG, check_inside
+from .checkpoint.shards import SHARD_BYTES, new_folder, write_json, write_tensors
+from .checkpoint.tensors import Entry, ModelTensors, Tensors
+from .checkpoint.tokenizer import write_tokenizer
 from .families import find
-from .family import config_fields
-from .folder import CONFIG, check_inside
 from .loading import Loaded, meta_entries, open_folder
-from .shards import SHARD_BYTES, new_folder, write_json, write_tensors
-from .tensors import Entry, ModelTensors, Tensors
-from .tokenizer import write_tokenizer
 
 __all__ = ["Cast", "save", "stream"]
 

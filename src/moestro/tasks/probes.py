@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..convert.samples import evaluating
+from ..convert.change.samples import evaluating
 from ..core.errors import UserError
 from ..core.signals import Signals
 from ..serve.generate import generate

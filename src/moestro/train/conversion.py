@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from ..convert import load, save, stream
+from ..convert.checkpoint.shards import new_folder
+from ..convert.checkpoint.tokenizer import BYTES
 from ..convert.config import Conversion, Resize
 from ..convert.loading import open_folder
 from ..convert.receipt import Receipt
-from ..convert.shards import new_folder
-from ..convert.tokenizer import BYTES
 from ..core.errors import UserError
 from ..tasks.tokenizer import Bytes, Tokenizer
 from ..tasks.tokenizer_file import read_tokenizer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from ..convert.tokenizer import byte_files
+from ..convert.checkpoint.tokenizer import byte_files
 from ..core.errors import UserError
 from ..models.decoder import Decoder
 from ..tasks.tokenizer import Bytes

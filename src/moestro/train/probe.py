@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert.samples import evaluating
+from ..convert.change.samples import evaluating
 from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail

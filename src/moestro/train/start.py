@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..convert.family import canonical, difference
+from ..convert.checkpoint.family import canonical, difference
 from ..convert.loading import load as load_checkpoint
 from ..core.errors import UserError
 from .layout import is_run

@@ -6,9 +6,9 @@ import dataclasses
 
 from torch import nn
 
-from ...convert.apply import bind
+from ...convert.checkpoint.apply import bind
+from ...convert.checkpoint.rules import Link
 from ...convert.families import find
-from ...convert.rules import Link
 from ...core.errors import UserError
 from ..attach import factors, places
 

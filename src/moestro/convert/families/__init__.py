@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from ...core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from ..family import Family
+    from ..checkpoint.family import Family
 
 __all__ = ["FAMILIES", "find"]
 
-FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 """The model types that are known: one for every file of this folder."""
 
 

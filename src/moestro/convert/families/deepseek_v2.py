@@ -9,11 +9,11 @@ from ...losses.config import PerUnitBalance
 from ...models.config import Decoder
 from ...moe.config import MoELayer
 from ...routers.config import GroupLimited, Raw, Router, Select, TopK
-from ..family import Family
-from ..fields import Fields
-from ..latent import LATENT, read_latent, write_latent
-from ..layouts import EDGES, NORMS
-from ..mixed import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.latent import LATENT, read_latent, write_latent
+from .shared.layouts import EDGES, NORMS
+from .shared.mixed import (
     chosen,
     first_dense,
     leading,
@@ -23,7 +23,7 @@ from ..mixed import (
     write_first_dense,
     write_routed,
 )
-from ..parts import decoder, write_common
+from .shared.parts import decoder, write_common
 
 __all__ = ["FAMILY"]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...models.config import Decoder
-from ..family import Family
-from ..fields import Fields
-from ..latent import LATENT, read_latent, write_latent
-from ..layouts import EDGES, NORMS
-from ..mixed import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Ignored
+from .shared.latent import LATENT, read_latent, write_latent
+from .shared.layouts import EDGES, NORMS
+from .shared.mixed import (
     biased_router,
     first_dense,
     leading,
@@ -20,8 +21,7 @@ from ..mixed import (
     write_first_dense,
     write_routed,
 )
-from ..parts import decoder, write_common
-from ..rules import Ignored
+from .shared.parts import decoder, write_common
 
 __all__ = ["FAMILY"]
 

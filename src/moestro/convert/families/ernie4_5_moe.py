@@ -8,13 +8,13 @@ from ...core.errors import UserError
 from ...models.config import Decoder
 from ...nn.config import Attention, RMSNorm
 from ...routers.config import LossFree, Renormalised, Router, TopK
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS
-from ..mixed import chosen, leading, routed_layer, routed_table, split_layers, write_routed
-from ..parts import attention_of, balance, balance_coefficient, decoder, heads, num_layers, one, write_decoder
-from ..rope import read_rotary, write_rotary
-from ..rules import Ignored
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Ignored
+from .shared.layouts import ATTENTION, EDGES, NORMS
+from .shared.mixed import chosen, leading, routed_layer, routed_table, split_layers, write_routed
+from .shared.parts import attention_of, balance, balance_coefficient, decoder, heads, num_layers, one, write_decoder
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

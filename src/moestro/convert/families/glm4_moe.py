@@ -6,10 +6,11 @@ from typing import Any
 
 from ...models.config import Decoder
 from ...nn.config import Attention, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS
-from ..mixed import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Ignored
+from .shared.layouts import ATTENTION, EDGES, NORMS
+from .shared.mixed import (
     biased_router,
     first_dense,
     leading,
@@ -20,9 +21,8 @@ from ..mixed import (
     write_first_dense,
     write_routed,
 )
-from ..parts import attention_of, decoder, heads, one, write_decoder
-from ..rope import read_rotary, write_rotary
-from ..rules import Ignored
+from .shared.parts import attention_of, decoder, heads, one, write_decoder
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

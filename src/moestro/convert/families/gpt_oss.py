@@ -12,14 +12,14 @@ from ...models.config import Block, Decoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, RMSNorm
 from ...routers.config import Linear, Router, SoftmaxKept, TopK
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS
-from ..mxfp4 import Dequantised
-from ..parts import attention_of, balance, balance_coefficient, decoder, heads, num_layers, one, write_decoder
-from ..rope import read_rotary, write_rotary
-from ..rules import ByExpert, Copy, Interleaved, Table, Transpose
-from ..tensors import Tensors
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.mxfp4 import Dequantised
+from ..checkpoint.rules import ByExpert, Copy, Interleaved, Table, Transpose
+from ..checkpoint.tensors import Tensors
+from .shared.layouts import ATTENTION, EDGES, NORMS
+from .shared.parts import attention_of, balance, balance_coefficient, decoder, heads, num_layers, one, write_decoder
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

@@ -10,10 +10,11 @@ from ...models.config import Decoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, RMSNorm
 from ...routers.config import Router, SoftmaxKept, TopK
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Copy, Table
+from .shared.layouts import ATTENTION, EDGES, NORMS
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -24,8 +25,7 @@ from ..parts import (
     one,
     write_decoder,
 )
-from ..rope import read_rotary, write_rotary
-from ..rules import Copy, Table
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY", "TABLE", "read", "write"]
 

@@ -9,10 +9,10 @@ from ...core.errors import UserError
 from ...experts.config import Gated
 from ...models.config import Decoder
 from ...moe.config import MoELayer
-from ..fields import Fields
-from ..parts import one
-from ..rules import Stack
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Stack
 from . import granitemoe
+from .shared.parts import one
 
 __all__ = ["FAMILY"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from ...models.config import Decoder
 from ...nn.config import Attention, FeedForward, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, DENSE, EDGES, NORMS
-from ..parts import ACTIVATIONS, activation_field, attention_of, decoder, dense_of, heads, write_decoder
-from ..rope import read_rotary, write_rotary
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, DENSE, EDGES, NORMS
+from .shared.parts import ACTIVATIONS, activation_field, attention_of, decoder, dense_of, heads, write_decoder
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

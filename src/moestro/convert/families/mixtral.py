@@ -8,10 +8,10 @@ from ...experts.config import Gated
 from ...models.config import Decoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS, experts
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, EDGES, NORMS, experts
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -24,7 +24,7 @@ from ..parts import (
     router,
     write_decoder,
 )
-from ..rope import read_rotary, write_rotary
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

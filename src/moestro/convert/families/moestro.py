@@ -10,9 +10,9 @@ from ...models.config import Decoder, EncoderDecoder, Stack
 from ...moe.config import MoELayer
 from ...nn.config import Attention, FeedForward
 from ...routers.config import LossFree, Router, TopK
-from ..family import Family
-from ..fields import Fields
-from ..rules import Copy
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Copy
 
 __all__ = ["FAMILY"]
 

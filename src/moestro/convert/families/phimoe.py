@@ -13,10 +13,10 @@ from ...models.config import Decoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, LayerNorm
 from ...routers.config import NearBest, Router, SparseMixer
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, EDGES, NORMS, experts
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, EDGES, NORMS, experts
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -27,7 +27,7 @@ from ..parts import (
     one,
     write_decoder,
 )
-from ..rope import read_rotary, write_rotary
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

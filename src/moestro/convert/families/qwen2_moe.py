@@ -9,10 +9,10 @@ from ...experts.config import Gated
 from ...models.config import Block, Decoder
 from ...moe.config import GateMerge, MoELayer
 from ...nn.config import Attention, FeedForward, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, DENSE, EDGES, NORMS, experts, shared_expert
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, DENSE, EDGES, NORMS, experts, shared_expert
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -27,8 +27,8 @@ from ..parts import (
     router,
     write_decoder,
 )
-from ..qwen import sparse_layers, windows, write_sparse_layers, write_windows
-from ..rope import read_rotary, write_rotary
+from .shared.qwen import sparse_layers, windows, write_sparse_layers, write_windows
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from ...models.config import Block, Decoder
 from ...nn.config import Attention, FeedForward, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, DENSE, EDGES, NORMS
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, DENSE, EDGES, NORMS
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -19,8 +19,8 @@ from ..parts import (
     num_layers,
     write_decoder,
 )
-from ..qwen import windows, write_windows
-from ..rope import read_rotary, write_rotary
+from .shared.qwen import windows, write_windows
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

@@ -8,10 +8,10 @@ from ...experts.config import Gated
 from ...models.config import Block, Decoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, FeedForward, RMSNorm
-from ..family import Family
-from ..fields import Fields
-from ..layouts import ATTENTION, DENSE, EDGES, NORMS, experts
-from ..parts import (
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from .shared.layouts import ATTENTION, DENSE, EDGES, NORMS, experts
+from .shared.parts import (
     ACTIVATIONS,
     activation_field,
     attention_of,
@@ -27,8 +27,8 @@ from ..parts import (
     router,
     write_decoder,
 )
-from ..qwen import sparse_layers, write_sparse_layers
-from ..rope import read_rotary, write_rotary
+from .shared.qwen import sparse_layers, write_sparse_layers
+from .shared.rope import read_rotary, write_rotary
 
 __all__ = ["FAMILY"]
 

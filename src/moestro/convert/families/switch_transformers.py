@@ -12,11 +12,11 @@ from ...models.config import Decoder, Encoder, EncoderDecoder, Stack
 from ...moe.config import MoELayer
 from ...nn.config import Attention, CrossAttention, PlainFeedForward, RelativeBias, RMSNorm
 from ...routers.config import FixedCapacity, Jitter, Linear, Raw, Router, Score, TopK
-from ..family import Family
-from ..fields import Fields
-from ..parts import ACTIVATIONS, activation_field, num_layers, one
-from ..rules import Copy, Ignored, Rule, Table
-from ..rules import Stack as Stacked
+from ..checkpoint.family import Family
+from ..checkpoint.fields import Fields
+from ..checkpoint.rules import Copy, Ignored, Rule, Table
+from ..checkpoint.rules import Stack as Stacked
+from .shared.parts import ACTIVATIONS, activation_field, num_layers, one
 
 __all__ = ["FAMILY"]
 

@@ -16,13 +16,13 @@ from ...core.errors import UserError
 from ...models.decoder import Decoder
 from ...moe.attention import AttentionExperts, into_experts
 from ...routers.config import Constant
-from ..conduct import BOUNDS, Claim, Made, conduct, generator, in_float64
+from ..change.conduct import BOUNDS, Claim, Made, conduct, generator, in_float64
+from ..change.graft import fill
+from ..change.samples import Samples, evaluating, forward, measure
+from ..checkpoint.family import canonical, difference
 from ..config import BranchAttendMix, Specialists
-from ..family import canonical, difference
-from ..graft import fill
 from ..receipt import ConversionError, LayerChange, Receipt
 from ..reduce.parts import mean
-from ..samples import Samples, evaluating, forward, measure
 from ..upcycle.routed import one_in_all
 from .table import Origin, attends, chosen, mixture, origins
 

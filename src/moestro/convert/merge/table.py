@@ -15,9 +15,9 @@ from ...models.config import Decoder
 from ...moe.config import AttentionExperts, MoELayer
 from ...nn.config import Attention, FeedForward, PlainFeedForward
 from ...routers.config import All, Router, TopK
-from ..conduct import choose
+from ..change.conduct import choose
+from ..change.graft import with_parts
 from ..config import BranchAttendMix, Specialists
-from ..graft import with_parts
 
 __all__ = ["Origin", "Rule", "attends", "chosen", "mixture", "origins", "rules"]
 

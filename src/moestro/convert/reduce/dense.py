@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...moe.averaged import AveragedExperts
 from ...moe.layer import MoELayer
-from ..conduct import Claim, Made, Seen, conduct, experts_of, weight_of
+from ..change.conduct import Claim, Made, Seen, conduct, experts_of, weight_of
+from ..change.graft import Graft, graft
+from ..change.mlp import DenseMLP
+from ..change.samples import Samples
 from ..config import Average, Densify, MostLoaded
-from ..graft import Graft, graft
-from ..mlp import DenseMLP
 from ..receipt import Receipt
-from ..samples import Samples
 from .parts import mean
 from .resize import observe, routed_paths
 from .scores import loads

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.errors import UserError
-from ..conduct import Made, conduct, generator
+from ..change.conduct import Made, conduct, generator
+from ..change.graft import Graft, graft
+from ..change.mlp import DenseMLP
+from ..change.samples import Samples, forward, tokens_of
 from ..config import Distil
-from ..graft import Graft, graft
-from ..mlp import DenseMLP
 from ..receipt import Receipt
-from ..samples import Samples, forward, tokens_of
 from .dense import mean_expert, with_shared
 from .resize import observe, routed_paths
 

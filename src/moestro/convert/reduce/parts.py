@@ -14,7 +14,7 @@ from ...experts.config import Gated, Modules
 from ...experts.modules import ModuleBank
 from ...moe.config import MoELayer as LayerConfig
 from ...moe.layer import MoELayer
-from ..graft import Graft
+from ..change.graft import Graft
 
 __all__ = ["Parts", "apart", "mean", "together"]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...moe.layer import MoELayer
-from ..conduct import Made, Seen, choose, conduct, generator, watch
+from ..change.conduct import Made, Seen, choose, conduct, generator, watch
+from ..change.graft import Graft, graft
+from ..change.samples import Samples
 from ..config import AddExperts, MergeExperts, Prune
-from ..graft import Graft, graft
 from ..receipt import Receipt
-from ..samples import Samples
 from .parts import Parts, apart, mean, together
 from .scores import loads, output_similarity, weight_similarity, weighted_norms
 

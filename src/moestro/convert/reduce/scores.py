@@ -11,7 +11,7 @@ from ...core.plan import Plan, load
 from ...moe.layer import MoELayer
 from ...ops.combine import gather_rows
 from ...ops.rows import rows as derive_rows
-from ..conduct import Seen, weight_of
+from ..change.conduct import Seen, weight_of
 from .parts import Parts
 
 __all__ = ["loads", "output_similarity", "weight_similarity", "weighted_norms"]

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...routers.config import Constant
-from ..conduct import generator, watch
+from ..change.conduct import generator, watch
+from ..change.mlp import DenseMLP, Place
+from ..change.samples import Samples
 from ..config import Cluster, Copy, GranularSplit, PartialReinit, Taylor
-from ..mlp import DenseMLP, Place
 from ..receipt import ConversionError, Receipt
-from ..samples import Samples
 from .neurons import importance, kmeans
 from .routed import Inputs, Layer, balanced_weigh, copies_weigh, router_rows, sums_to_one, upcycle
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import UserError
-from ..mlp import Place
-from ..samples import Samples, next_token_loss
+from ..change.mlp import Place
+from ..change.samples import Samples, next_token_loss
 
 __all__ = ["importance", "kmeans"]
 

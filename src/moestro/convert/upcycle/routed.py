@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...moe.config import MoELayer
 from ...routers.config import Constant, Linear, Raw, Renormalised, Router, TopK, Weigh
-from ..conduct import Claim, Made, choose, conduct, generator, watch
+from ..change.conduct import Claim, Made, choose, conduct, generator, watch
+from ..change.graft import Graft, graft
+from ..change.mlp import DenseMLP, Place, bank_of, find
+from ..change.samples import Samples
 from ..config import Upcycle
-from ..graft import Graft, graft
-from ..mlp import DenseMLP, Place, bank_of, find
 from ..receipt import Receipt
-from ..samples import Samples
 from .neurons import kmeans
 
 __all__ = ["Layer", "assemble", "balanced_weigh", "one_in_all", "router_rows", "upcycle"]

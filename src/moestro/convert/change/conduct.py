@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.account import cost
-from ..core.errors import UserError
-from ..core.plan import Dense, ExpertChoice, Plan
-from ..moe.layer import MoELayer
-from .config import Conversion
+from ...core.account import cost
+from ...core.errors import UserError
+from ...core.plan import Dense, ExpertChoice, Plan
+from ...moe.layer import MoELayer
+from ..config import Conversion
+from ..receipt import ConversionError, LayerChange, Measured, Receipt, checksums
 from .mlp import DenseMLP
-from .receipt import ConversionError, LayerChange, Measured, Receipt, checksums
 from .samples import Batch, Samples, evaluating, forward, mean_output, measure
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import Copy, Fuse, Ignored, Stack, StackFuse, Table
+from ...checkpoint.rules import Copy, Fuse, Ignored, Stack, StackFuse, Table
 
 __all__ = ["ATTENTION", "DENSE", "EDGES", "NORMS", "experts", "shared_expert"]
 

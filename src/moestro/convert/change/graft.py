@@ -9,14 +9,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..models.config import Stack as StackConfig
-from ..models.stack import Stack
-from ..moe.config import MoELayer
-from ..moe.dropin import MoE
-from ..nn.config import FFN, FeedForward, Mixer, PlainFeedForward
+from ...core.errors import UserError
+from ...models.config import Stack as StackConfig
+from ...models.stack import Stack
+from ...moe.config import MoELayer
+from ...moe.dropin import MoE
+from ...nn.config import FFN, FeedForward, Mixer, PlainFeedForward
+from ..receipt import ConversionError
 from .mlp import DenseMLP
-from .receipt import ConversionError
 
 __all__ = ["DenseFFN", "Graft", "fill", "graft", "with_parts"]
 

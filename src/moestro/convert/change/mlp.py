@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..experts.config import MLP, Activation, Experts, Gated
-from ..moe.routed import Routed
-from ..nn.feedforward import FeedForward, PlainFeedForward
+from ...core.errors import UserError
+from ...experts.config import MLP, Activation, Experts, Gated
+from ...moe.routed import Routed
+from ...nn.feedforward import FeedForward, PlainFeedForward
 
 __all__ = ["DenseMLP", "Place", "bank_of", "find", "read_mlp"]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 from .tensors import Entry
 
 __all__ = ["DTYPES", "SafeFile", "dtype_name"]

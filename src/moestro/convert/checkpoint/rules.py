@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 
 __all__ = [
     "ByExpert",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 from .boxes import read_box, slices
 from .rules import Box, whole
 from .tensors import Entry, Tensors

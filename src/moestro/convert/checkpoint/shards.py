@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ..core import files
-from ..core.errors import UserError
+from ...core import files
+from ...core.errors import UserError
 from .folder import INDEX, SINGLE
 from .header import dtype_name
 from .problems import Problems

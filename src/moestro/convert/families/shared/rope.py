@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..core.errors import UserError
-from ..nn.config import Interpolated, Llama3, LongRoPE, Positions, Rotary, Scaling, YaRN
-from .fields import Fields
+from ....core.errors import UserError
+from ....nn.config import Interpolated, Llama3, LongRoPE, Positions, Rotary, Scaling, YaRN
+from ...checkpoint.fields import Fields
 
 __all__ = ["LEGACY", "read_rotary", "write_rotary"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.errors import UserError
-from .receipt import Measured
+from ...core.errors import UserError
+from ..receipt import Measured
 
 __all__ = ["Samples", "evaluating", "forward", "mean_output", "measure", "next_token_loss"]
 

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..core.config import Config
-from ..core.errors import UserError
-from ..models.config import Stack
+from ...core.config import Config
+from ...core.errors import UserError
+from ...models.config import Stack
+from ..families.shared.rope import LEGACY
 from .fields import Fields
-from .rope import LEGACY
 from .rules import Table
 from .tensors import Tensors
 

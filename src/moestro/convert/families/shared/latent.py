@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core.errors import UserError
-from ..models.config import Decoder
-from ..nn.config import LatentAttention
-from .fields import Fields
+from ....core.errors import UserError
+from ....models.config import Decoder
+from ....nn.config import LatentAttention
+from ...checkpoint.fields import Fields
+from ...checkpoint.rules import Copy, Table
 from .parts import one
 from .rope import read_rotary, write_rotary
-from .rules import Copy, Table
 
 __all__ = ["LATENT", "read_latent", "write_latent"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 
 __all__ = ["Problems"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..models.config import Block
-from ..moe.config import MoELayer
-from .fields import Fields
+from ....models.config import Block
+from ....moe.config import MoELayer
+from ...checkpoint.fields import Fields
 from .parts import attention_of, one
 
 __all__ = ["sparse_layers", "windows", "write_sparse_layers", "write_windows"]

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 from .folder import check_inside
 
 __all__ = ["BYTES", "FILES", "byte_characters", "byte_files", "write_tokenizer"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 
 __all__ = ["Fields"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import UserError
+from ...core.errors import UserError
 from .header import SafeFile
 from .tensors import Entry
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..core.errors import UserError
-from ..experts.config import Gated
-from ..losses.config import Loss
-from ..models.config import Decoder
-from ..moe.config import MoELayer
-from ..nn.config import FeedForward
-from ..routers.config import GroupLimited, LossFree, Raw, Renormalised, Router, Select, TopK
-from .fields import Fields
+from ....core.errors import UserError
+from ....experts.config import Gated
+from ....losses.config import Loss
+from ....models.config import Decoder
+from ....moe.config import MoELayer
+from ....nn.config import FeedForward
+from ....routers.config import GroupLimited, LossFree, Raw, Renormalised, Router, Select, TopK
+from ...checkpoint.fields import Fields
+from ...checkpoint.rules import Copy, Reshape, Table
 from .layouts import DENSE, experts, shared_expert
 from .parts import ACTIVATIONS, activation_field, num_layers, one
-from .rules import Copy, Reshape, Table
 
 __all__ = [
     "Chosen",

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import UserError
-from ..models.config import Block, Decoder, PostNormBlock, PostNormCrossBlock
-from ..models.config import Stack as StackConfig
-from ..models.growth import still
-from ..models.stack import Stack
-from ..nn.init import OUTPUTS
+from ...core.errors import UserError
+from ...models.config import Block, Decoder, PostNormBlock, PostNormCrossBlock
+from ...models.config import Stack as StackConfig
+from ...models.growth import still
+from ...models.stack import Stack
+from ...nn.init import OUTPUTS
+from ..config import Grow
+from ..receipt import LayerChange, Receipt
 from .conduct import Claim, Made, conduct, experts_in
-from .config import Grow
 from .graft import fill
-from .receipt import LayerChange, Receipt
 from .samples import Samples, forward
 
 __all__ = ["grow", "grown"]

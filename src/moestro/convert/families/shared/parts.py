@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..core.config import Config
-from ..core.errors import UserError
-from ..experts.config import Gated
-from ..losses.config import Loss, PerUnitBalance
-from ..models.config import Block, Decoder
-from ..moe.config import MoELayer
-from ..nn.config import Attention, FeedForward, RMSNorm
-from ..routers.config import Constant, Raw, Renormalised, Router, TopK
-from .fields import Fields
+from ....core.config import Config
+from ....core.errors import UserError
+from ....experts.config import Gated
+from ....losses.config import Loss, PerUnitBalance
+from ....models.config import Block, Decoder
+from ....moe.config import MoELayer
+from ....nn.config import Attention, FeedForward, RMSNorm
+from ....routers.config import Constant, Raw, Renormalised, Router, TopK
+from ...checkpoint.fields import Fields
 
 __all__ = [
     "ACTIVATIONS",

@@ -1,0 +1,1 @@
+"""What several families share: attention, experts, routers and rotary positions in their files and fields."""
