@@ -1,22 +1,19 @@
-"""Presets: name -> function that makes a config. The first line of its docstring is what lists show. No torch here."""
+"""Presets of language models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..core.errors import UserError, did_you_mean
-from ..experts.config import Gated
-from ..losses.config import RoutingEntropy, SwitchBalance, ZLoss
-from ..models.config import Decoder
-from ..moe.config import MoELayer
-from ..nn.config import Attention, FeedForward
-from ..optim.config import AdamW
-from ..routers.config import Router, TopK
-from .config import TrainRun
+from ...experts.config import Gated
+from ...losses.config import RoutingEntropy, SwitchBalance, ZLoss
+from ...models.config import Decoder
+from ...moe.config import MoELayer
+from ...nn.config import Attention, FeedForward
+from ...optim.config import AdamW
+from ...routers.config import Router, TopK
+from ..config import TrainRun
 
-__all__ = ["DEFAULT", "PRESETS", "preset"]
-
-DEFAULT = "stdlib"
+__all__ = ["PRESETS"]
 
 
 def _stdlib() -> TrainRun:
@@ -104,10 +101,3 @@ PRESETS: dict[str, Callable[[], TrainRun]] = {
     "tiny": _tiny,
     "bench": _bench,
 }
-
-
-def preset(name: str) -> TrainRun:
-    """The config of a preset. Raises `UserError` for an unknown name."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]()
