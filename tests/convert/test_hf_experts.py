@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
 
 import moestro.convert.hf as hf
 from convert.hf_cases import CLASSES, THROUGH_FP32, D, E, build, decorated_classes, oracle, problem
+from moestro.ops.grouped import Spec, fused, loop, native
 from moestro.testing.compare import assert_close
 
 CASES = {"one unit": (1, False), "64 units": (64, False), "experts elsewhere": (33, True)}
@@ -60,17 +61,23 @@ def test_equals_the_class(name: str) -> None:
                 assert_close(f"{name}, {case}, {dtype}, {few} without a gradient", y, want["y"][:few], tolerance)
 
 
-@pytest.mark.parametrize("many", [0, 100])
+@pytest.mark.parametrize("backend", ["native", "grouped_mm", "loop"])
 @pytest.mark.parametrize("short", [0, 1024])
 @pytest.mark.parametrize("name", ["GptOssExperts", "AriaExperts", "DeepseekV4Experts"])
-def test_all_ways_of_grouped_products(name: str, short: int, many: int, monkeypatch: Any) -> None:
+def test_all_ways_of_grouped_products(name: str, short: int, backend: str, monkeypatch: Any) -> None:
     """One call for all experts or one for each, indices made by torch or by numpy, gradients whole or by expert."""
     from moestro.convert.hf import grouped
 
     calls = []
-    monkeypatch.setattr(grouped, "MANY", many)
+
+    def chosen(spec: Spec) -> ModuleType:
+        calls.append(spec)
+        return by_name[backend]
+
+    by_name = {module.NAME: module for module in (native, fused, loop)}
+    monkeypatch.setattr(grouped, "MANY", 0)
     monkeypatch.setattr(grouped, "SHORT", short)
-    monkeypatch.setattr(grouped, "grouped_mm", lambda *a, **k: calls.append(1) or grouped_mm(*a, **k))
+    monkeypatch.setattr(grouped, "choose", chosen)
     module = build(name)
     for large in (0, 2**22):
         monkeypatch.setattr(grouped, "LARGE", large)
@@ -82,7 +89,7 @@ def test_all_ways_of_grouped_products(name: str, short: int, many: int, monkeypa
                 assert_close(f"{name}, foreign {foreign}, large {large}, {key}", got[key], value, 2e-5)
             with torch.no_grad():
                 assert_close("without a gradient", module(x, expert, weight), want["y"], 2e-5)
-    assert bool(calls) == (many == 0)
+    assert calls
 
 
 def test_few_units_that_share_experts() -> None:

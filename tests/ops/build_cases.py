@@ -3,31 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from moestro.ops.native import build, library
-from moestro.ops.native.signatures import SIGNATURES
-
-PROBE = ("moestro_abi", "moestro_threads")
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As in a new process of a user with an empty cache; of the sources, only the small one."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("CC", raising=False)
-    source = tmp_path / "source"
-    source.mkdir()
-    shutil.copy(build.SOURCE / "probe.c", source)
-    monkeypatch.setattr(build, "SOURCE", source)
-    monkeypatch.setattr(library, "SIGNATURES", {name: SIGNATURES[name] for name in PROBE})
-    build._first.cache_clear()
-    yield
-    build._first.cache_clear()
 
 
 def again() -> library.Library | None:

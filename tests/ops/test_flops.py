@@ -31,7 +31,8 @@ def count(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
-@pytest.mark.parametrize("sizes", [(20, 12), (19, 11)], ids=["grouped_mm", "loop"])
+@pytest.mark.usefixtures("each_grouped_backend")
+@pytest.mark.parametrize("sizes", [(20, 12), (19, 11)], ids=["aligned", "odd"])
 def test_grouped_linear(sizes: tuple[int, int]) -> None:
     inputs, outputs = sizes
     once = 2 * R * inputs * outputs

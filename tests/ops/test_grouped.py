@@ -1,4 +1,4 @@
-"""The grouped product: both backends against the oracle, their choice, and the quirks that are kept away."""
+"""The grouped product: its backends against the oracle, their choice, and the quirks that are kept away."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moestro.core.errors import UserError
-from moestro.ops.grouped import Spec, choose, explain, fused, grouped_linear, loop, naive
+from moestro.ops.grouped import Spec, choose, explain, fused, grouped_linear, loop, naive, native
 from moestro.testing.compare import assert_close
 from ops.ops_cases import bounds, compare, randn, twice
 
@@ -23,6 +23,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.usefixtures("each_grouped_backend")
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("expanded", [False, True])
@@ -42,6 +43,7 @@ def test_values_and_gradients(counts: str, bias: bool, expanded: bool, sizes: tu
     )
 
 
+@pytest.mark.usefixtures("each_grouped_backend")
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["aligned", "odd"])
 def test_transposed_weights(counts: str, sizes: tuple[int, int]) -> None:
@@ -56,7 +58,7 @@ def test_transposed_weights(counts: str, sizes: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("backend", [loop, fused], ids=["loop", "grouped_mm"])
+@pytest.mark.parametrize("backend", [loop, fused, native], ids=["loop", "grouped_mm", "native"])
 def test_backends_agree_with_the_oracle(counts: str, backend: ModuleType) -> None:
     offsets = bounds(*COUNTS[counts])
     R, E = int(offsets[-1]), len(COUNTS[counts])
@@ -86,7 +88,8 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(lambda r, w, b: grouped_linear(r, w, offsets, b), inputs)
 
 
-@pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["grouped_mm", "loop"])
+@pytest.mark.usefixtures("each_grouped_backend")
+@pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["aligned", "odd"])
 def test_starved_experts_get_exact_zeros(sizes: tuple[int, int]) -> None:
     offsets = bounds(0, 4, 0)
     weight, bias = randn(3, *sizes[::-1]).requires_grad_(), randn(3, sizes[1]).requires_grad_()
@@ -97,7 +100,8 @@ def test_starved_experts_get_exact_zeros(sizes: tuple[int, int]) -> None:
         assert bool((grad[1] != 0).any())
 
 
-@pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["grouped_mm", "loop"])
+@pytest.mark.usefixtures("each_grouped_backend")
+@pytest.mark.parametrize("sizes", [(8, 12), (5, 3)], ids=["aligned", "odd"])
 def test_rows_after_the_last_offset_are_zero(sizes: tuple[int, int]) -> None:
     rows = torch.full((6, sizes[0]), float("nan"))
     rows[:4] = randn(4, sizes[0])
@@ -126,6 +130,7 @@ def layouts() -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
+@pytest.mark.usefixtures("each_grouped_backend")
 @pytest.mark.parametrize("layout", layouts())
 def test_layouts(layout: str) -> None:
     rows, weight = layouts()[layout]
@@ -141,7 +146,8 @@ def test_layouts(layout: str) -> None:
         assert_close(name, a.grad, b.grad)
 
 
-@pytest.mark.parametrize("sizes", [(64, 32), (33, 31)], ids=["grouped_mm", "loop"])
+@pytest.mark.usefixtures("each_grouped_backend")
+@pytest.mark.parametrize("sizes", [(64, 32), (33, 31)], ids=["aligned", "odd"])
 def test_same_bits_twice(sizes: tuple[int, int]) -> None:
     offsets = bounds(100, 0, 31)
     tensors = [randn(131, sizes[0]), randn(3, *sizes[::-1]), randn(3, sizes[1])]
@@ -198,16 +204,17 @@ def test_refusals_have_reasons(change: dict[str, object], reason: str) -> None:
     able, why = fused.supported(spec)
     assert not able
     assert reason in why
-    assert choose(spec) is loop
+    assert choose(spec) is not fused
     assert why in explain(spec)
 
 
 def test_choice_and_its_explanation() -> None:
-    assert choose(GOOD) is fused
+    assert choose(GOOD) is (native if native.supported(GOOD)[0] else fused)
     assert choose(dataclasses.replace(GOOD, device="cuda", dtype=torch.bfloat16, capability=(9, 0))) is fused
-    assert choose(GOOD, dataclasses.replace(GOOD, outputs=3)) is loop
+    half = dataclasses.replace(GOOD, dtype=torch.bfloat16)
+    assert choose(half) is choose(GOOD, half) is loop
     text = explain(GOOD)
-    assert text.splitlines()[0].endswith("float32 on cpu: grouped_mm")
+    assert text.splitlines()[0].endswith(f"float32 on cpu: {choose(GOOD).NAME}")
     assert "loop: possible" in text
 
 

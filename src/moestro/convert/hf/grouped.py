@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from ...ops.combine.sums import row_dots, scaled_rows, sum_rows
 from ...ops.expert_mlp import FEW
-from ...ops.grouped.fused import CPU_KERNEL
+from ...ops.grouped import Spec, choose, fused, native
+from ...ops.grouped.choose import Backend
 from ...ops.pages import LARGE, large_pages
 from ...ops.precision import autocast_off, operands, sum_dtype
 from ...ops.rows.host import choices
@@ -23,7 +23,7 @@ from .recognise import Layout
 
 __all__ = ["grouped"]
 
-MANY = 8  # experts with rows, from which one call for all of them is shorter than a call for each
+MANY = 8  # experts with rows, from which torch's call for all of them is shorter than a call for each
 SHORT = 1024  # choices up to which torch sorts sooner than numpy has been called
 
 
@@ -70,13 +70,12 @@ class _Sorted:
             inverse = torch.empty_like(self.place).scatter_(0, self.place, torch.arange(table.numel()))
             self.inverse = inverse.view(expert.shape)
             counts = torch.bincount(table, minlength=num_experts)
-            self.ends = counts.cumsum(0, dtype=torch.int32)
+            self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             counts = counts.tolist()
         else:
             found = choices(expert.contiguous(), None, None, num_experts, False)
-            self.unit, _, self.expert, offsets, self.inverse, self.place = found
-            self.ends = offsets[1:].int()
-            counts = offsets.diff().tolist()
+            self.unit, _, self.expert, self.offsets, self.inverse, self.place = found
+            counts = self.offsets.diff().tolist()
         self.experts = [e for e, n in enumerate(counts) if n]
         self.counts = [n for n in counts if n]
 
@@ -238,10 +237,11 @@ def _gradients(ctx: Any, grad: Tensor, rows: Tensor, stack: Tensor) -> tuple[Ten
 
 def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, turned: bool) -> Tensor:
     """[R, I] x [E, I, O] (not turned: [E, O, I]) -> [R, O]."""
-    matrices = stack if turned else stack.transpose(1, 2)
-    if isinstance(index, _Sorted) and _fits(index, rows, matrices if matrices.stride(2) == 1 else matrices.mT):
-        out = grouped_mm(rows, matrices, offs=index.ends)
-        return out if bias is None else out.add_(bias.index_select(0, index.expert))
+    weight = stack.transpose(1, 2) if turned else stack
+    backend = _for_all(index, rows, weight)
+    if backend is not None and isinstance(index, _Sorted):
+        return backend.products(rows, weight, index.offsets, bias)
+    matrices = weight.transpose(1, 2)
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
     each = zip(_chosen(matrices, index), _split(rows, index), _split(out, index))
     if bias is None:
@@ -253,17 +253,20 @@ def _products(rows: Tensor, stack: Tensor, bias: Tensor | None, index: _Index, t
     return out
 
 
-def _fits(index: _Sorted, *matrices: Tensor) -> bool:
-    """Whether torch's grouped product takes the operands as they are, and it is worth it."""
-    if len(index.experts) <= MANY or matrices[0].dtype != torch.float32 or not CPU_KERNEL:
-        return False
-    return all(t.is_contiguous() and t.shape[-1] % 4 == 0 and t.data_ptr() % 16 == 0 for t in matrices)
+def _for_all(index: _Index, rows: Tensor, weight: Tensor) -> Backend | None:
+    """What computes the products of all experts in one call, where there is such a thing and it is worth it."""
+    if not isinstance(index, _Sorted):
+        return None
+    found = choose(Spec.of(rows, weight))
+    worth = found is native or (found is fused and len(index.experts) > MANY)
+    return found if worth else None
 
 
 def _outer(a: Tensor, b: Tensor, index: _Index, stack: Tensor) -> Tensor:
     """[R, I] x [R, O] -> [E, I, O], the shape of `stack`; exact zeros for experts without rows."""
-    if isinstance(index, _Sorted) and stack.nbytes < LARGE and _fits(index, a, b):
-        return grouped_mm(a.t(), b, offs=index.ends)
+    backend = _for_all(index, b, stack)
+    if isinstance(index, _Sorted) and backend is not None and (backend is native or stack.nbytes < LARGE):
+        return backend.outer(a, b, index.offsets)
     out = large_pages(torch.empty_like(stack, memory_format=torch.contiguous_format), fresh=True)
     lefts = torch.split_with_sizes(a.t(), index.counts, 1) if index.counts else ()
     begun: set[int] = set()

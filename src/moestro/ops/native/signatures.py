@@ -42,6 +42,12 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "moestro_route": (_INT, (*(_POINTER,) * 7, *(_SIZE,) * 4, _INT, _INT, _FLOAT)),
     "moestro_ordered": (None, (_POINTER, _POINTER, _POINTER, _INT, _SIZE, _SIZE, _SIZE, _POINTER, _INT)),
     "moestro_ordered_scratch": (_SIZE, (_SIZE,)),
+    "moestro_grouped_sizes": (None, (*(_SIZE,) * 4, _POINTER)),
+    "moestro_grouped": (
+        None,
+        (*(_POINTER,) * 3, _INT, *(_POINTER,) * 2, *(_SIZE,) * 3, _POINTER, _SIZE, _POINTER, _INT),
+    ),
+    "moestro_grouped_outer": (None, (*(_POINTER,) * 4, *(_SIZE,) * 3, _POINTER, _SIZE, _POINTER, _INT)),
     "moestro_experts_problem": (_SIZE, ()),
     "moestro_experts_sizes": (None, (_POINTER, _INT, _POINTER)),
     "moestro_experts_forward": (None, (_POINTER,)),
