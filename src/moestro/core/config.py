@@ -150,6 +150,9 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         nested = [a for a in args if isinstance(a, type) and issubclass(a, Config)]
+        if len(nested) > 1 and isinstance(value, dict) and "type" in value:
+            kind = find_type(str(value["type"]), where)
+            nested = [a for a in nested if issubclass(kind, a)] or nested
         if len(nested) == 1 and isinstance(value, dict):
             return _read(value, nested[0], where)
         problems: list[str] = []

@@ -1,23 +1,30 @@
-"""Configs of tasks: the material (corpora) and the objective."""
+"""Configs of tasks: the material (corpora, and examples from `material`) and the objective."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from ..core.config import Config, config
+from ..core.config import config
 from ..core.errors import UserError
+from .material import Examples, LabelledTexts, Material, SpanQuestions, TextPairs, Translations
 from .objectives import Classify, FindSpan, MatchPairs, NextToken, Objective, Translate, TwoPass, objectives
 
 __all__ = [
     "Classify",
     "Corpus",
+    "Examples",
     "FindSpan",
+    "LabelledTexts",
     "MatchPairs",
+    "Material",
     "NextToken",
     "Objective",
+    "SpanQuestions",
     "StandardLibrary",
     "Text",
+    "TextPairs",
     "Translate",
+    "Translations",
     "TwoPass",
     "objectives",
 ]
@@ -26,7 +33,7 @@ __all__ = [
 
 
 @config
-class Corpus(Config):
+class Corpus(Material):
     """Base of text corpora. Built with (): what is built lists the files and how they are split."""
 
     tokenizer: str = ""

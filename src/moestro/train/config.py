@@ -6,28 +6,54 @@ from typing import Literal
 
 from ..core.config import Config, config
 from ..core.errors import UserError
-from ..models.config import Decoder
+from ..models.config import Decoder, EncoderDecoder, Headed
+from ..models.heads_config import ClassHead, EmbeddingHead, SpanHead
 from ..optim.config import AdamW, AfterStep, Optimizer
-from ..tasks.config import Corpus, NextToken, Objective, StandardLibrary
+from ..tasks.config import (
+    Classify,
+    Corpus,
+    FindSpan,
+    LabelledTexts,
+    MatchPairs,
+    Material,
+    NextToken,
+    Objective,
+    SpanQuestions,
+    StandardLibrary,
+    TextPairs,
+    Translate,
+    Translations,
+    TwoPass,
+)
 from ..trace.config import Recording
 from .knobs import CosineRamp, ExponentialRamp, Knob, LinearRamp, Ramp, Staircase
+from .models import context_of
 
 __all__ = ["CosineRamp", "ExponentialRamp", "Knob", "LinearRamp", "Ramp", "Staircase", "TrainRun"]
+
+# What is learnt from a kind of material: objective, model and, of models with a head, the head.
+_TASKS: dict[type[Material], tuple[type[Objective], type[Config], type[Config] | None]] = {
+    Corpus: (NextToken, Decoder, None),
+    Translations: (Translate, EncoderDecoder, None),
+    LabelledTexts: (Classify, Headed, ClassHead),
+    SpanQuestions: (FindSpan, Headed, SpanHead),
+    TextPairs: (MatchPairs, Headed, EmbeddingHead),
+}
 
 
 @config
 class TrainRun(Config):
-    """A model, the text it learns from, and how."""
+    """A model, the text or the examples it learns from, and how."""
 
-    model: Decoder = Decoder()
-    """The model. Its vocabulary is taken from the tokenizer, its seed from the run."""
+    model: Decoder | EncoderDecoder | Headed = Decoder()
+    """The model. Its vocabulary and its classes are those of the data, its seed is the run's."""
     start: str = ""
     """Folder of the weights to begin with: a run, or a checkpoint folder (transformers' or ours); empty = none, weights
-    are drawn. The model is that of the folder, its vocabulary too, and there is no twin."""
+    are drawn. The model is that of the folder, its vocabulary too, and there is no twin. Language models only."""
     twin: bool = True
     """Train the dense twin of equal active FLOPs per token beside it, for comparison."""
-    data: Corpus = StandardLibrary()
-    """The text."""
+    data: Material = StandardLibrary()
+    """The text, or the examples."""
     objective: Objective = NextToken()
     """What is learnt."""
     optimizer: Optimizer = AdamW()
@@ -35,7 +61,7 @@ class TrainRun(Config):
     routers: Literal["train", "freeze", "bias_only"] = "train"
     """What the model's routers do: train, stay as they are (balancing biases too), or move their biases only."""
     frozen: tuple[str, ...] = ()
-    """Parts of the model that stay as they are: embed, norm, head, and blocks as "3" or "0:4" (without block 4)."""
+    """Parts of a language model that stay as they are: embed, norm, head, and blocks as "3" or "0:4" (without 4)."""
     after: tuple[AfterStep, ...] = ()
     """What happens after every optimiser step, besides the steps of routers."""
     knobs: tuple[Knob, ...] = ()
@@ -44,9 +70,9 @@ class TrainRun(Config):
     steps: int = 600
     """Optimiser steps."""
     batch_size: int = 32
-    """Sequences per optimiser step, over all ranks and micro-batches."""
+    """Sequences (examples) per optimiser step, over all ranks and micro-batches."""
     seq_len: int = 128
-    """Tokens per sequence."""
+    """Tokens per sequence; the most of an example, whose rest is cut."""
     micro_batch: int = 0
     """Sequences per forward pass on one rank; 0 = the rank's whole share."""
     balance_over: Literal["batch", "micro_batch"] = "batch"
@@ -85,11 +111,38 @@ class TrainRun(Config):
             raise UserError(
                 "TrainRun.start: weights are given for the model but not for its dense twin; set twin=False"
             )
-        if self.seq_len > self.model.context:
+        context = context_of(self.model)
+        if self.seq_len > context:
+            where = {EncoderDecoder: "encoder.context and model.decoder.context", Headed: "encoder.context"}
             raise UserError(
-                f"TrainRun.seq_len {self.seq_len} is longer than the model's context {self.model.context}; "
-                "shorten it or raise model.context"
+                f"TrainRun.seq_len {self.seq_len} is longer than the model's context {context}; "
+                f"shorten it or raise model.{where.get(type(self.model), 'context')}"
             )
+        self._fits()
+
+    def _fits(self) -> None:
+        """Raise `UserError` where model, objective and data belong to different tasks."""
+        data, model = self.data, self.model
+        objective = self.objective.inner if isinstance(self.objective, TwoPass) else self.objective
+        kind = next((k for k in _TASKS if isinstance(data, k)), None)
+        if kind is None:
+            raise UserError(f"TrainRun.data: {type(data).__name__} is only a base; choose a kind of text or examples")
+        learns, builds, head = _TASKS[kind]
+        of_tasks = tuple(entry[0] for entry in _TASKS.values())
+        if isinstance(objective, of_tasks) and not isinstance(objective, learns):
+            raise UserError(
+                f"TrainRun.objective: {type(objective).__name__} cannot be learnt from {type(data).__name__}, which "
+                f"are for {learns.__name__}"
+            )
+        found = f"{type(model).__name__} with {type(model.head).__name__}" if isinstance(model, Headed) else None
+        if not isinstance(model, builds) or (head is not None and not isinstance(getattr(model, "head", None), head)):
+            wanted = builds.__name__ if head is None else f"{builds.__name__} with {head.__name__}"
+            raise UserError(
+                f"TrainRun.model: data of {type(data).__name__} need {wanted}, found {found or type(model).__name__}"
+            )
+        for name in ("start", "frozen"):
+            if getattr(self, name) and not isinstance(model, Decoder):
+                raise UserError(f"TrainRun.{name} is for language models only; leave it out")
 
     def borders(self) -> list[int]:
         """The steps after which the model is evaluated, the last one included."""

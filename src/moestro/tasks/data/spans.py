@@ -12,7 +12,7 @@ from .examples import Answer, DataSet, SpanQuestion
 from .read import Row, find, json_file, json_lines
 from .split import hold_out, shuffled
 
-__all__ = ["covid_qa", "shorten", "squadshifts", "trcd"]
+__all__ = ["covid_qa", "questions", "shorten", "squadshifts", "trcd"]
 
 
 def squadshifts(config: SquadShifts) -> DataSet[SpanQuestion]:
@@ -20,7 +20,7 @@ def squadshifts(config: SquadShifts) -> DataSet[SpanQuestion]:
     parts: tuple[list[SpanQuestion], ...] = ([], [], [])
     for number, name in enumerate(config.domains):
         path = find(config, f"{name}.jsonl", f"{name}_v1.0.json")
-        found = hold_out(_questions(path, number), config.validation, config.test, lambda q: q.context)
+        found = hold_out(questions(path, number), config.validation, config.test, lambda q: q.context)
         for part, rows in zip(parts, found):
             part += rows
     return DataSet(config.slug, *(tuple(part) for part in parts), domains=config.domains)
@@ -29,13 +29,13 @@ def squadshifts(config: SquadShifts) -> DataSet[SpanQuestion]:
 def covid_qa(config: CovidQA) -> DataSet[SpanQuestion]:
     """covid_qa_windows.jsonl, a question per line; or the original 200423_covidQA.json. Held out by context."""
     path = find(config, "covid_qa_windows.jsonl", "200423_covidQA.json")
-    rows = hold_out(_questions(path, 0), config.validation, config.test, lambda q: q.context)
+    rows = hold_out(questions(path, 0), config.validation, config.test, lambda q: q.context)
     return DataSet(config.slug, *rows, domains=(config.slug,))
 
 
 def trcd(config: Trcd) -> DataSet[SpanQuestion]:
     """The official splits."""
-    rows = [tuple(_questions(find(config, f"{s}.jsonl", f"{s}.json"), 0)) for s in ("train", "val", "test")]
+    rows = [tuple(questions(find(config, f"{s}.jsonl", f"{s}.json"), 0)) for s in ("train", "val", "test")]
     return DataSet(config.slug, *rows, domains=(config.slug,))
 
 
@@ -65,7 +65,8 @@ def shorten(question: SpanQuestion, words: int, seed: int = 0) -> SpanQuestion:
     return question._replace(context=question.context[start:stop], answers=answers)
 
 
-def _questions(path: Path, domain: int) -> list[SpanQuestion]:
+def questions(path: Path, domain: int = 0) -> list[SpanQuestion]:
+    """The questions of one file: JSON in SQuAD's format, or rows of JSON with a context or a question each."""
     if ".jsonl" in path.name:
         return [q for row in json_lines(path) for q in _context(row, domain)]
     value = json_file(path)
