@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from .tables import about, goals_table, markdown, regime_tables
+from .tables import about, goals_table, markdown, regime_tables, upcycling_table
 
 __all__ = ["MISSING", "fill", "filled", "pictures"]
 
@@ -69,7 +69,8 @@ def _part(record: dict[str, Any], part: str, options: list[str], file: Path, pag
     if part == "goals":
         return markdown(goals_table([record]))
     if part == "tables":
-        return "\n".join(markdown(table) for table in regime_tables(record, options or None))
+        tables = [upcycling_table(record)] if "arms" in record else regime_tables(record, options or None)
+        return "\n".join(map(markdown, tables))
     if part == "picture":
         return f"![{record['what']}]({_place(file)})\n"
     raise UserError(f"{page}: a record has no {part!r}; known: about, goals, tables, picture")

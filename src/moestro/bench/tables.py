@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..report.table import human
+
 __all__ = ["Table", "about", "goals_table", "markdown", "notes", "regime_tables", "train_table"]
 
 Record = Mapping[str, Any]
@@ -126,17 +128,60 @@ def train_table(record: Record) -> Table:
     return Table(f"Training speed of {record['name']}, seed {record['seed']}", columns, tuple(rows), tuple(said))
 
 
+_RESULTS = ("changed output", "bits/byte", "against dense")
+
+
+def upcycling_table(record: Record) -> Table:
+    """The models of the demonstration of upcycling, trained on from one dense model."""
+    dense = record["arms"]["dense"]["bits_per_byte"]
+    rows = []
+    for name, arm in record["arms"].items():
+        receipt = arm.get("receipt")
+        sizes = (human(arm["params"]), human(arm["active_params"]), str(arm["steps"]), human(arm["flops"]))
+        change = "" if receipt is None else f"{receipt['relative']:.2g}"
+        against = "" if receipt is None else f"{arm['bits_per_byte'] - dense:+.4f}"
+        title = name + (" *" if name == record["best"] else "")
+        rows.append((title, *sizes, change, f"{arm['bits_per_byte']:.4f}", against))
+    return Table(
+        title="Trained on from one dense model, at equal active FLOPs",
+        columns=(
+            "model",
+            "parameters",
+            "active",
+            "steps",
+            "FLOPs forward",
+            "changed output",
+            "bits/byte",
+            "against dense",
+        ),
+        rows=tuple(rows),
+        notes=(
+            f"The dense model had {record['before']:.4f} bits per byte when it was converted.",
+            "Changed output: relative difference that the conversion itself made to the logits, see receipt.json. "
+            "* exported",
+        ),
+    )
+
+
 def about(record: Record) -> str:
     """Where and how a record was made, in one paragraph."""
+    if "arms" in record:
+        machine, minutes = record["machine"], record["minutes"]
+        return f"{_where(machine)}; {record['when']}; {minutes:.1f} minutes in all"
     machine, load, memory = record["machine"], record["load_average"], record["peak_memory"]
-    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
     before, after = (f"{load[when][0]:.1f}" if load[when] else "unknown" for when in ("before", "after"))
     peaks = ", ".join(f"of the {who} {size / 2**30:.1f} GiB" for who, size in memory.items())
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['instruction_set']}, {machine.get('accelerator', machine['device'])}; {versions}; "
-        f"kernels: {machine['kernels']}; {record['rounds']} rounds, {record['when']}; "
+        f"{_where(machine)}; kernels: {machine['kernels']}; {record['rounds']} rounds, {record['when']}; "
         f"load average {before} before, {after} after; peak memory {peaks}"
+    )
+
+
+def _where(machine: Record) -> str:
+    versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "transformers"))
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['instruction_set']}, {machine.get('accelerator', machine['device'])}; {versions}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from ..core.errors import UserError, did_you_mean
 from .parse import parse
-from .style import count, print_table
+from .style import print_table
 
 __all__ = ["KINDS", "main"]
 
@@ -75,31 +75,10 @@ def _watch() -> Iterator[Any]:
 
 
 def _show(stream: TextIO, record: Mapping[str, Any], out: Path) -> None:
-    rows = []
-    for name, arm in record["arms"].items():
-        receipt = arm.get("receipt")
-        rows.append(
-            [
-                name + (" *" if name == record["best"] else ""),
-                count(arm["params"]),
-                count(arm["active_params"]),
-                str(arm["steps"]),
-                count(arm["flops"]),
-                "" if receipt is None else f"{receipt['relative']:.2g}",
-                f"{record['before']:.4f}" if receipt is None else "",
-                f"{arm['bits_per_byte']:.4f}",
-                "" if receipt is None else f"{arm['bits_per_byte'] - record['arms']['dense']['bits_per_byte']:+.4f}",
-            ]
-        )
-    columns = ["model", "parameters", "active", "steps", "FLOPs forward", "changed output", "bits/byte before"]
-    print_table(
-        stream,
-        "Trained on from one dense model, at equal active FLOPs",
-        [*columns, "after", "against dense"],
-        rows,
-        "changed output: relative difference that the conversion itself made to the logits, see receipt.json. "
-        "* exported",
-    )
+    from ..bench.tables import upcycling_table
+
+    table = upcycling_table(record)
+    print_table(stream, table.title, table.columns, table.rows, " ".join(table.notes))
     for name, arm in record["arms"].items():
         if "receipt" in arm:
             exact = arm["receipt"]["exact"] or "nothing is claimed to be exact"
