@@ -16,7 +16,7 @@ from ..ops.pages import large_pages
 from .checkpoint.apply import to_ours
 from .checkpoint.boxes import View
 from .checkpoint.family import Family, read_fields
-from .checkpoint.folder import CONFIG, FolderTensors, read_json
+from .checkpoint.folder import CONFIG, FolderTensors, pickled, read_json
 from .checkpoint.problems import Problems
 from .checkpoint.tensors import Entry, ModelTensors, Tensors
 from .families import find
@@ -64,6 +64,8 @@ def read_config(source: str | Path | Mapping[str, Any]) -> Any:
 def open_folder(folder: str | Path, name: str = CONFIG) -> Opened:
     """What a checkpoint folder's config.json says. Never runs code that it names (`auto_map` is not looked at)."""
     path = Path(folder) / name
+    if not path.exists() and (why := pickled(Path(folder))):
+        raise UserError(why)
     data = read_json(path)
     if "model_type" not in data:
         raise UserError(f"{path}: has no model_type, so it is no checkpoint that transformers would load")

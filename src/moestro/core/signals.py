@@ -32,7 +32,8 @@ class Signals:
         rows: how many sequences of equal length the units are, one after the other; None = not said. Layers that are
         called with [B, S, D] say it themselves where their router asks.
         attend: the preceding attention as an operator, v [T, D] -> A v [T, D], or None.
-        knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ...
+        knobs: call-time values from schedules: top_k, top_p, capacity_factor, temperature, ... experts: "all" or a
+        number, what every routed layer takes in place of its router's choice (`moe.asked`).
         keep: names of plan tensors ("probs", "logits", "extra") that must outlive the layer's losses.
         quiet: nobody reads the trail of this pass (generation): in evaluation layers leave it empty and count nothing.
     """

@@ -19,6 +19,7 @@ from ..core.trail import Trail
 from ..dispatch.base import mixture
 from ..dispatch.local import Attribute
 from . import config as cfg
+from .asked import asked
 from .expected import expected_k
 from .record import build_losses, note
 from .routed import Routed
@@ -120,11 +121,14 @@ class MoELayer(Routed):
 
 
 def route(router: Any, seen: Tensor, signals: Signals, carry: Carry, exchange: Any = None) -> tuple[AnyPlan, Carry]:
-    """The plan for what the router sees, [T, D]: a given one, a replayed one, or the router's own."""
+    """The plan for what the router sees, [T, D]: a given one, one that the knob `experts` asks for (see `asked`), a
+    replayed one, or the router's own."""
     ahead, carry = carry.take()
     given = ahead if carry.mine is None else carry.mine
     if isinstance(given, Live):
         return given.plan, carry
+    if (wanted := signals.knob("experts", None)) is not None:
+        return asked(wanted, router.num_experts, seen, signals), carry
     if isinstance(given, Forecast) and exchange is not None:
         exchange.prepare(given)
     inner = carry.at("router")

@@ -197,9 +197,14 @@ class Sinusoidal(AbsolutePositions):
     builds: ClassVar[str] = "moestro.nn.positions:Sinusoidal"
     base: float = 10_000.0
     """Base of the series."""
+    endpoint: bool = False
+    """Whether the last wavelength is 2 pi base itself (tensor2tensor, fairseq), not a step short of it (the paper)."""
+    first: int = 0
+    """Number of the first position (fairseq: 2, one more than its padding token)."""
 
     def __post_init__(self) -> None:
         self.positive("base")
+        self.at_least(0, "first")
 
 
 def _check_dropout(config: Config, share: float) -> None:

@@ -46,22 +46,27 @@ class Learned(nn.Module):
 
 
 class Sinusoidal(Constants):
-    """`(h [B, S, D], position [B*S] or None, start) -> h + waves(position)`: sines in the first half of the width,
-    cosines in the second. Source: Vaswani et al. 2017, section 3.5 (which alternates them)."""
+    """`(h [B, S, D], position [B*S] or None, start) -> h + waves(first + position)`: sines in the first half of the
+    width, cosines in the second; frequency base ** (-i / (D/2)), with `endpoint` base ** (-i / (D/2 - 1)).
+
+    Source: Vaswani et al. 2017, section 3.5 (which alternates them).
+    """
 
     frequency: Tensor
 
     def __init__(self, config: SinusoidalConfig, dim: int, context: int) -> None:
         super().__init__()
-        if dim % 2:
-            raise UserError(f"Sinusoidal: the model's width must be even, found {dim}")
+        if dim % 2 or dim < (4 if config.endpoint else 2):
+            raise UserError(f"Sinusoidal: the model's width must be even, with endpoint at least 4; found {dim}")
         self.config, self.dim, self.context = config, dim, context
         self.make_constants()
 
     def compute(self) -> dict[str, Tensor]:
-        pair = torch.arange(0, self.dim, 2, dtype=torch.float64)
-        return {"frequency": self.config.base ** (-pair / self.dim)}
+        half = self.dim // 2
+        pair = torch.arange(half, dtype=torch.float64)
+        return {"frequency": self.config.base ** (-pair / (half - self.config.endpoint))}
 
     def forward(self, h: Tensor, position: Tensor | None = None, start: int = 0) -> Tensor:
-        angle = _places(h, position, start, self.context).to(self.frequency.dtype)[..., None] * self.frequency
+        place = _places(h, position, start, self.context) + self.config.first
+        angle = place.to(self.frequency.dtype)[..., None] * self.frequency
         return h + torch.cat((angle.sin(), angle.cos()), dim=-1).to(h.dtype)

@@ -133,6 +133,10 @@ class Random(Select):
         self.positive("k")
 
 
+    evaluation: Literal["token", "sequence", "batch"] | None = None
+    """The same for evaluation (THOR trains with "batch" and translates with "sequence"); None = as in training."""
+    as_released: bool = False
+    """Draw "sequence" per position, the same for all sequences, as THOR's code does."""
 @config
 class Partition(Select):
     """The units of a batch shuffled and cut into equal parts, one per expert, in training (EWA); in evaluation every

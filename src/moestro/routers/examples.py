@@ -43,6 +43,11 @@ def examples() -> dict[str, cfg.Router]:
         "random-batch": cfg.Router(score=cfg.Uniform(), select=cfg.Random(level="batch"), weigh=cfg.Constant()),
         "partition": cfg.Router(score=cfg.Uniform(), select=cfg.Partition(), weigh=cfg.Constant()),
         "gumbel": cfg.Router(select=cfg.Gumbel(k=2)),
+        "random-released": cfg.Router(
+            score=cfg.Uniform(),
+            select=cfg.Random(level="batch", evaluation="sequence", as_released=True),
+            weigh=cfg.Constant(),
+        ),
         "gumbel-always": cfg.Router(score=cfg.MLP(hidden=12), select=cfg.Gumbel(k=1, when="always"), weigh=raw),
         "sparse-mixer": cfg.Router(select=cfg.SparseMixer(epsilon=0.3), weigh=cfg.NearBest(epsilon=0.3)),
         "sparse-mixer-top1": cfg.Router(select=cfg.SparseMixer(k=1, epsilon=0.6), weigh=cfg.NearBest(epsilon=0.6)),

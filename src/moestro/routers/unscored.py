@@ -43,14 +43,16 @@ class RandomSelect(SelectStep):
     """k different experts per draw, uniformly (THOR, arXiv 2110.04260). Call-time knob: top_k.
 
     A draw is a hash of the seed and of: the unit's number; the number of its sequence's first unit (unit_id - position
-    where both are given, else the segment); or nothing else.
+    where both are given, else the segment); or nothing else. Released THOR takes a unit's position for its sequence.
     """
 
     def __init__(self, config: cfg.Random, num_experts: int, num_ids: int) -> None:
         super().__init__()
         self.top_k = self.k = check_k(config.k, num_ids, "Random")
-        self.level, self.num_ids = config.level, num_ids
-        self.needs = ("segment",) if config.level == "sequence" else ()
+        self.num_ids, self.released = num_ids, config.as_released
+        self.level, self.evaluation = config.level, config.evaluation or config.level
+        if "sequence" in (self.level, self.evaluation):
+            self.needs = ("position",) if self.released else ("segment",)
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         k = check_k(int(signals.knob("top_k", self.k)), self.num_ids, "Random")
@@ -59,10 +61,14 @@ class RandomSelect(SelectStep):
         return Choice(expert=expert.expand(x.shape[0], k), complete=True)
 
     def _who(self, signals: Signals, x: Tensor) -> Tensor:
-        if self.level == "batch":
+        level = self.level if self.training else self.evaluation
+        if level == "batch":
             return torch.zeros(1, dtype=torch.int64, device=x.device)
-        if self.level == "token":
+        if level == "token":
             return unit_ids(signals, x)
+        if self.released:
+            assert signals.position is not None
+            return signals.position
         if signals.unit_id is not None and signals.position is not None:
             return signals.unit_id - signals.position
         assert signals.segment is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 from torch import nn
 
@@ -26,6 +26,7 @@ def generate(
     seed: int = ...,
     stop: Sequence[int | Sequence[int]] = ...,
     stream: Callable[[int, int], None] | None = ...,
+    knobs: Mapping[str, Any] | None = ...,
 ) -> Generated: ...
 
 
@@ -41,6 +42,7 @@ def generate(
     seed: int | Sequence[int] = ...,
     stop: Sequence[int | Sequence[int]] = ...,
     stream: Callable[[int, int], None] | None = ...,
+    knobs: Mapping[str, Any] | None = ...,
 ) -> list[Generated]: ...
 
 
@@ -55,6 +57,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop: Sequence[int | Sequence[int]] = (),
     stream: Callable[[int, int], None] | None = None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> Generated | list[Generated]:
     """Continue a prompt, token ids [S], or several of different lengths (padded on the left, padding is never seen).
 
@@ -63,13 +66,14 @@ def generate(
     of (seed, position): it depends neither on the batch nor on what was drawn before. Give one seed per prompt for
     several samples of the same prompt. stop: token ids, or sequences of ids; they are not part of the result.
     stream: called with (number of the prompt, token) as soon as a token is certain to be part of the result.
+    knobs: call-time values of routers, as in `Signals.knobs`; {"experts": "all"} averages all experts of every layer.
 
     Generation ends when the context is full: positions beyond it were never trained. Raises `UserError` for an empty
     prompt, a prompt longer than the context, ids outside the vocabulary and impossible sampling settings.
 
     For an encoder-decoder the prompt is the source, and the result its target: see `serve.translate`.
     """
-    how = (temperature, top_p, top_k, seed, stop, stream)
+    how = (temperature, top_p, top_k, seed, stop, stream, knobs)
     if isinstance(model, EncoderDecoder):
         return translate(model, prompt, max_new_tokens, (), *how)
     single, prompts = read_prompts(prompt)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ..core.trail import Trail
 from ..models.decoder import Decoder
 from .sampling import choose
 
-__all__ = ["Generated", "Ids", "evaluating", "go_on", "read_prompts", "sequences"]
+__all__ = ["Generated", "Ids", "evaluating", "go_on", "read_prompts", "seeds_of", "sequences"]
 
 Ids = Tensor | Sequence[int]
 
@@ -50,19 +50,26 @@ def go_on(
     seed: int | Sequence[int],
     stop: Sequence[int | Sequence[int]],
     stream: Callable[[int, int], None] | None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> list[Generated]:
     """Continue prompts [S] each with a model that has the call of a decoder; for the arguments see `generate`."""
     config = model.config
     context, vocab = int(config.context), int(config.vocab_size)  # type: ignore[union-attr, arg-type]
     _check(prompts, context, vocab, max_new_tokens)
-    seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(prompts):
-        raise UserError(f"generate: {len(seeds)} seeds for {len(prompts)} prompts; give one, or one per prompt")
+    seeds = seeds_of(seed, len(prompts))
     rows = [_Row(i, len(p), sequences(stop), stream) for i, p in enumerate(prompts)]
     limits = [min(max_new_tokens, context - len(p)) for p in prompts]
     with evaluating(model), torch.no_grad():
-        _decode(model, prompts, rows, limits, max_new_tokens, seeds, (temperature, top_p, top_k))  # type: ignore[arg-type]
+        _decode(model, prompts, rows, limits, max_new_tokens, seeds, (temperature, top_p, top_k), knobs or {})  # type: ignore[arg-type]
     return [row.result() for row in rows]
+
+
+def seeds_of(seed: int | Sequence[int], number: int) -> list[int]:
+    """One seed per prompt. Raises `UserError` where there are not as many."""
+    seeds = [seed] * number if isinstance(seed, int) else list(seed)
+    if len(seeds) != number:
+        raise UserError(f"generate: {len(seeds)} seeds for {number} prompts; give one, or one per prompt")
+    return seeds
 
 
 def _decode(
@@ -73,6 +80,7 @@ def _decode(
     wanted: int,
     seeds: list[int],
     sampling: tuple[float, float, int | None],
+    knobs: Mapping[str, Any],
 ) -> None:
     device = next(model.parameters()).device  # type: ignore[attr-defined]
     for row, limit in zip(rows, limits):
@@ -95,6 +103,7 @@ def _decode(
             valid=(place >= 0).reshape(-1) if padded else None,
             position=position.reshape(-1) if padded else None,
             unit_id=(seed[:, None] << 32 | position).reshape(-1),
+            knobs=knobs,
             quiet=True,
         )
         last, carry = _last_logits(model, tokens, signals, carry)

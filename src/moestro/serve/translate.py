@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..core.signals import Signals
 from ..core.trail import Trail
 from ..models.encoder_decoder import EncoderDecoder
 from ..nn.cross import Memory
-from .loop import Generated, Ids, evaluating, go_on, read_prompts, sequences
+from .loop import Generated, Ids, evaluating, go_on, read_prompts, seeds_of, sequences
 
 __all__ = ["Beam", "beam_search", "read_source", "translate"]
 
@@ -47,23 +47,30 @@ def translate(
     seed: int | Sequence[int] = 0,
     stop: Sequence[int | Sequence[int]] = (),
     stream: Callable[[int, int], None] | None = None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> Generated | list[Generated]:
     """Write the target of a source, token ids [N], or of several of different lengths (their padding is never seen).
 
     The decoder reads the model's start token and then `prefix`, neither of which is part of the result. Everything else
-    is as in `serve.generate.generate`.
+    is as in `serve.generate.generate`. Routers that draw do so by the source's seed and the token's place: the same
+    alone and in a batch. Seeds of their own let sources draw apart.
     """
     single, sources = read_prompts(source)
     with evaluating(model), torch.no_grad():
-        writer = Writer(model, read_source(model, sources))
+        writer = Writer(model, read_source(model, sources, seed, knobs))
         begin = torch.tensor([model.config.start, *torch.as_tensor(prefix, dtype=torch.int64).tolist()])
         prompts = [begin] * len(sources)
-        made = go_on(writer, prompts, max_new_tokens, temperature, top_p, top_k, seed, stop, stream)
+        made = go_on(writer, prompts, max_new_tokens, temperature, top_p, top_k, seed, stop, stream, knobs)
     return made[0] if single else made
 
 
-def read_source(model: EncoderDecoder, sources: Sequence[Tensor]) -> Memory:
-    """What the encoder makes of sources [N] each, padded on the right.
+def read_source(
+    model: EncoderDecoder,
+    sources: Sequence[Tensor],
+    seed: int | Sequence[int] = 0,
+    knobs: Mapping[str, Any] | None = None,
+) -> Memory:
+    """What the encoder makes of sources [N] each, padded on the right. seed: of random routers, one or one per source.
 
     Raises `UserError` for empty ones, too long ones, and ids outside the vocabulary.
     """
@@ -86,7 +93,10 @@ def read_source(model: EncoderDecoder, sources: Sequence[Tensor]) -> Memory:
         valid[i, : len(ids)] = True
     device = model.decoder.embed.weight.device
     mask = None if bool(valid.all()) else valid.to(device).view(-1)
-    memory, _, _ = model.encode(tokens.to(device), Signals(valid=mask, quiet=True))
+    seeds = torch.tensor(seeds_of(seed, len(sources)), device=device)
+    units = seeds[:, None] << 32 | torch.arange(longest, device=device)
+    signals = Signals(valid=mask, unit_id=units.reshape(-1), knobs=knobs or {}, quiet=True)
+    memory, _, _ = model.encode(tokens.to(device), signals)
     return memory
 
 
@@ -109,20 +119,23 @@ def beam_search(
     length_penalty: float = 1.0,
     prefix: Ids = (),
     stop: Sequence[int] = (),
+    seed: int | Sequence[int] = 0,
+    knobs: Mapping[str, Any] | None = None,
 ) -> list[Beam] | list[list[Beam]]:
     """The best targets of a source, or of each of several, best first, at most `beams` of each.
 
     At every step the `beams` best unfinished targets go on; equal scores: the earlier target, then the lower token. A
     source is done when no unfinished target can overtake the `beams` finished ones any more. length_penalty: the power
     of the length that sums are divided by; 0 = none, which favours short targets. stop: token ids that end a target.
-    Raises `UserError` for impossible settings, and for sources as `translate`.
+    seed, knobs: as in `translate`; all targets of a source draw the same experts. Raises `UserError` for impossible
+    settings, and for sources as `translate`.
     """
     if beams < 1 or max_new_tokens < 1:
         raise UserError(f"beam_search: needs beams >= 1 and max_new_tokens >= 1, not {beams} and {max_new_tokens}")
     ends = sorted(end for (end,) in _single(stop))
     single, sources = read_prompts(source)
     with evaluating(model), torch.no_grad():
-        done = _search(model, sources, max_new_tokens, beams, length_penalty, prefix, ends)
+        done = _search(model, sources, max_new_tokens, beams, length_penalty, prefix, ends, seed, knobs or {})
     return done[0] if single else done
 
 
@@ -141,11 +154,14 @@ def _search(
     penalty: float,
     prefix: Ids,
     ends: list[int],
+    seed: int | Sequence[int],
+    knobs: Mapping[str, Any],
 ) -> list[list[Beam]]:
     B, W = len(sources), beams
-    memory = read_source(model, sources)
+    memory = read_source(model, sources, seed, knobs)
     device, V = memory.states.device, model.config.decoder.vocab_size
     rows = torch.arange(B, device=device).repeat_interleave(W)
+    seeds = torch.tensor(seeds_of(seed, B), device=device).repeat_interleave(W)
     memory = Memory(*(None if t is None else t.index_select(0, rows) for t in (memory.states, memory.valid)))  # type: ignore[arg-type]
     begin = [model.config.start, *torch.as_tensor(prefix, dtype=torch.int64).tolist()]
     limit = min(wanted, model.config.decoder.context - len(begin) + 1)
@@ -160,7 +176,7 @@ def _search(
     place = 0
     for step in range(1, limit + 1):
         spots = torch.arange(place, place + tokens.shape[1], device=device).expand(B * W, -1)
-        signals = Signals(unit_id=(rows[:, None] << 32 | spots).reshape(-1), quiet=True)
+        signals = Signals(unit_id=(seeds[:, None] << 32 | spots).reshape(-1), knobs=knobs, quiet=True)
         logits, carry, _ = model.decode(tokens, memory if step == 1 else None, signals, carry)
         place += tokens.shape[1]
         logs = torch.log_softmax(logits[:, -1].double(), dim=-1)

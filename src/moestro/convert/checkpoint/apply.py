@@ -143,5 +143,9 @@ def to_theirs(source: Tensors, table: Table, where: object) -> View:
         dtype = ours[link.ours].dtype
         if dtypes.setdefault(link.theirs, dtype) != dtype:
             problems.add("of several dtypes where one is needed", link.theirs)
+    for rule in table:
+        if isinstance(rule, Ignored) and rule.written and rule.equals in shapes and rule.theirs not in shapes:
+            shapes[rule.theirs], dtypes[rule.theirs] = shapes[rule.equals], dtypes[rule.equals]
+            pieces[rule.theirs] = pieces[rule.equals]
     problems.raise_if_any(where, "Choose another family, or the family moestro, which holds any model")
     return View(source, {name: Entry(shapes[name], dtypes[name]) for name in shapes}, pieces)

@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from .header import SafeFile
 from .tensors import Entry
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "FolderTensors", "check_inside", "read_json"]
+__all__ = ["CONFIG", "INDEX", "SINGLE", "FolderTensors", "check_inside", "pickled", "read_json"]
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.bin.index.json")
@@ -30,6 +30,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; get the file again")
     return found
+
+
+def pickled(folder: Path) -> str:
+    """The one line about a folder that holds pickles, empty where it holds none."""
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if not pickles:
+        return ""
+    return (
+        f"{folder}: {pickles[0]} is a pickle, which can run code when it is opened and is never read; where you trust "
+        "it, write its tensors as model.safetensors (torch.load, then safetensors.torch.save_file) beside config.json"
+    )
 
 
 class FolderTensors:
@@ -55,13 +66,8 @@ class FolderTensors:
         self._entries = {name: own[id(file)][name] for name, file in self._files.items()}
 
     def _nothing(self) -> str:
-        pickles = sorted(p.name for pattern in _PICKLES for p in self.folder.glob(pattern))
-        if pickles:
-            return (
-                f"{self.folder}: {pickles[0]} is a pickle, which can run code when it is opened and is never read; "
-                "convert the checkpoint to safetensors first"
-            )
-        return f"{self.folder}: holds neither {SINGLE} nor {INDEX}; name a checkpoint's folder"
+        found = pickled(self.folder)
+        return found or f"{self.folder}: holds neither {SINGLE} nor {INDEX}; name a checkpoint's folder"
 
     def _add(self, path: Path) -> None:
         check_inside(path, self.folder)

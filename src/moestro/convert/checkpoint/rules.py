@@ -273,11 +273,13 @@ class StackFuse(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Ignored(Rule):
-    """Theirs that carry no information of their own. equals: theirs that it must be a bitwise copy of."""
+    """Theirs that carry no information of their own. equals: theirs that it must be a bitwise copy of; written: and
+    that is copied when exporting, where no rule writes it."""
 
     theirs: str
     why: str
     equals: str | None = None
+    written: bool = False
 
     @property
     def patterns(self) -> tuple[str, ...]:
