@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import UserError, did_you_mean
 from ..config import TrainRun
-from . import language
+from . import language, routing
 
 __all__ = ["DEFAULT", "PRESETS", "preset"]
 
@@ -14,6 +14,7 @@ DEFAULT = "stdlib"
 
 PRESETS: dict[str, Callable[[], TrainRun]] = {
     **language.PRESETS,
+    **routing.PRESETS,
 }
 
 
