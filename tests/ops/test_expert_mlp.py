@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
 from moestro.core.errors import UserError
+from moestro.ops import native
 from moestro.ops.expert_mlp import ACTIVATIONS, gated_mlp, mlp, naive, stacked
 from moestro.ops.expert_mlp.problem import Spec
-from moestro.ops.grouped import loop
+from moestro.ops.grouped import fused, loop
 from moestro.testing.compare import assert_close
 from ops.expert_cases import backends, prefer
 from ops.ops_cases import bounds, compare, randn, twice
@@ -288,6 +291,10 @@ def test_sizes_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         return stacked.supported(spec)[0]
 
     monkeypatch.undo()
+    assert whole(8192, 128, 256, 8) == (native.load() is not None)  # our own products are faster at every size
+    assert not whole(0, 64, 128, 32)
+    assert not whole(64, 64, 128, 32, torch.float64)
+    monkeypatch.setattr(importlib.import_module("moestro.ops.grouped.choose"), "BACKENDS", (fused, loop))
     assert whole(4096, 64, 128, 32)
     assert not whole(8192, 128, 256, 8)
     assert not whole(0, 64, 128, 32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import grouped
 from ..combine.sums import sum_rows
-from ..grouped import fused
+from ..grouped import fused, native
 from ..grouped.choose import Backend
 from ..precision import sum_dtype
 from .activations import activation_of, lifted
@@ -32,6 +32,8 @@ def supported(spec: Spec) -> tuple[bool, str]:
         return False, "the widths differ"
     chosen = products_for(spec)
     if spec.device != "cpu":
+        return True, f"whole products by {chosen.NAME}"
+    if chosen is native:
         return True, f"whole products by {chosen.NAME}"
     if spec.rows * spec.width >= CACHED * spec.experts:
         return False, f"{CACHED} or more hidden values per expert stay in cache if experts take turns"
