@@ -11,7 +11,7 @@ from moestro.core.errors import UserError
 from moestro.experts.config import examples
 from moestro.testing.experts import check_experts
 
-TAKE = {"gated", "gated_gelu", "mlp", "mlp_bias", "mlp_relu2"}
+TAKE = {"gated", "gated_gelu", "mlp", "mlp_bias", "mlp_relu2", "mlp_leaky", "mlp_alike"}
 
 
 @pytest.mark.parametrize("name", examples())

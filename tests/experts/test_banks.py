@@ -31,6 +31,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda h: F.relu(h) ** 2,
+    "leaky_relu": lambda h: torch.where(h > 0, h, 0.01 * h),
 }
 
 

@@ -147,6 +147,15 @@ def test_deepseek_v3_eq_17_to_20():
     near(SequenceBalance().build()(plan, segment=segment), (1.6 + 1.0) / 2)
 
 
+def test_robust_qa_balance_counts_first_choices_inside_sequences():
+    """13: the mean over sequences of E * sum_e F_e P_e, F of first choices; at least 1."""
+    # sequence 0: first choices 0 0, P = (0.8, 0.2): 2 * 0.8 = 1.6; sequence 1: 0 1, P = (0.5, 0.5): 1
+    plan = plan_of([[0, 1], [0, 1], [0, 1], [1, 0]], [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.4, 0.6]])
+    segment = torch.tensor([0, 0, 1, 1])
+    near(SequenceBalance(of="first").build()(plan, segment=segment), (1.6 + 1.0) / 2)
+    near(SequenceBalance().build()(plan, segment=segment), 1.0)  # with both choices every sequence is uniform
+
+
 def test_sequences_that_collapse_apart_are_seen_though_the_batch_is_uniform():
     plan = plan_of([[0], [0], [1], [1]], [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2)
     near(SequenceBalance().build()(plan, segment=torch.tensor([0, 0, 1, 1])), 2.0)

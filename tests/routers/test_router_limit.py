@@ -242,6 +242,16 @@ def test_random_second_in_evaluation() -> None:
         limited(torch.zeros(3, 4), RandomSecond(), k=3)
 
 
+def test_room_rounded_down() -> None:
+    """7 units, 1.25 * 7 / 4 = 2.19 places each: 3 rounded up, 2 rounded down."""
+    x = torch.zeros(7, 4)
+    x[:, 0] = 3.0
+    for rounding, room in (("up", 3), ("down", 2)):
+        plan = limited(x, Capacity(factor=1.25, min_capacity=1, rounding=rounding), k=1)
+        assert load(plan)[0] == room
+        assert plan.capacity == room
+
+
 def test_dropped_second_choices_take_no_room() -> None:
     x = log([[0.9, 0.1]]).expand(40, 2)
     both = RandomSecond(then=Capacity(factor=0.25, min_capacity=1))  # room for 10

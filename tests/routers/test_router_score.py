@@ -12,6 +12,7 @@ from moestro.core.draws import fold, normal, uniform
 from moestro.core.errors import UserError
 from moestro.core.params import describe
 from moestro.core.signals import Signals
+from moestro.nn.init import initialise
 from moestro.routers import MLP, Cosine, FixedNoise, Jitter, Linear, Noisy, Raw, Router, Score, TopK, Uniform
 from moestro.routers.order import highest
 from routers.router_cases import DIM, EXAMPLES, E, build, signals, units
@@ -26,6 +27,19 @@ def logits(score: Score, x: list[list[float]], experts: int, values: dict[str, l
 def test_linear() -> None:
     got, _ = logits(Linear(bias=True), [[1.0, 2.0]], 3, {"weight": [[1.0, 0], [0, 1], [2, -1]], "bias": [0.5, 0, -1]})
     assert got.tolist() == [[1.5, 2.0, -1.0]]
+
+
+def test_the_start_of_a_linear_gate() -> None:
+    """13: a gate that begins with N(0, 1) on 768 inputs is near one-hot; the model's own start is not."""
+    x = torch.randn(200, 768, generator=torch.Generator().manual_seed(0))
+    for std, want in ((None, 1 / math.sqrt(768)), (1.0, 1.0)):
+        router = Router(score=Linear(init_std=std)).build(dim=768, num_experts=8)
+        initialise(router, 1, None)
+        assert router.score.weight.std().item() == pytest.approx(want, rel=0.05)
+        best = router(x, Signals())[0].probs.amax(1).mean()
+        assert (best > 0.95) == (std == 1.0)
+    with pytest.raises(UserError, match="init_std must be positive"):
+        Linear(init_std=0.0)
 
 
 def test_mlp() -> None:

@@ -24,7 +24,7 @@ class ParamInfo:
     it applies, or None for vectors. parts: logical names of the pieces fused along the out axis, such as
     ("gate", "up"), in order and of equal size unless the module says otherwise. decay: whether weight decay applies.
     init_std: standard deviation of the initial normal distribution, None = the model's default, 0 = zeros;
-    ones: start at one instead (norm gains).
+    ones: start at one instead (norm gains). alike: all entries along `expert_axis` start with the same values.
     """
 
     role: Role
@@ -34,6 +34,7 @@ class ParamInfo:
     decay: bool = True
     init_std: float | None = None
     ones: bool = False
+    alike: bool = False
 
 
 def describe(model: nn.Module) -> dict[str, ParamInfo]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ..core.config import Config, config
 from ..core.errors import UserError
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu"]
 
 
 def _widths(width: int | tuple[int, ...], where: str) -> None:
@@ -54,6 +54,8 @@ class MLP(Experts):
     """Activation between the two maps."""
     bias: bool = False
     """Whether both maps have a bias."""
+    alike: bool = False
+    """Whether all experts start with the same values, as in code that copies one expert E times."""
     deterministic: bool = False
     """Whether a row comes out bitwise equal alone and in any batch; slower for few tokens."""
     sparse_grad: bool = False
@@ -139,6 +141,8 @@ def examples() -> dict[str, Experts]:
         "mlp": MLP(width=12),
         "mlp_bias": MLP(width=10, bias=True, activation="relu"),
         "mlp_relu2": MLP(width=9, activation="relu2"),
+        "mlp_leaky": MLP(width=9, activation="leaky_relu"),
+        "mlp_alike": MLP(width=10, bias=True, alike=True),
         "modules": Modules(experts=(FeedForward(width=8),)),
         "modules_mixed": Modules(
             experts=(

@@ -46,6 +46,10 @@ class MLPBank(Bank):
         if self.up_bias is not None and self.down_bias is not None:
             uniform_(self.up_bias, self.dim)
             uniform_(self.down_bias, self.config.width)
+        if self.config.alike:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.copy_(parameter[:1].clone())
 
     def forward(
         self, rows: Tensor, index: Rows, context: Any = None, weights: Mapping[str, Tensor] | None = None
@@ -68,7 +72,7 @@ class MLPBank(Bank):
         return sum(p.numel() for p in self.parameters()), 2 * (self.up.numel() + self.down.numel())
 
     def param_info(self) -> dict[str, ParamInfo]:
-        matrix = ParamInfo(role=self.role, expert_axis=0, matrix_axes=(1, 2))
+        matrix = ParamInfo(role=self.role, expert_axis=0, matrix_axes=(1, 2), alike=self.config.alike)
         info = {"up": matrix, "down": matrix}
         if self.config.bias:
             bias = ParamInfo(role=self.role, expert_axis=0, decay=False, init_std=0.0)

@@ -80,7 +80,8 @@ class SequenceBalanceLoss(PlanLoss[configs.SequenceBalance]):
     """The mean over sequences of sum_e f_e P_e, f_e = E / (K T) * choices of e, both taken inside one sequence.
 
     Source: DeepSeek-V3 eq. 17-20 (expert-level balance of DeepSeek-V2). 1 when every sequence is uniform, E when every
-    sequence has one expert of its own (K = 1), although the batch as a whole may then be uniform.
+    sequence has one expert of its own (K = 1), although the batch as a whole may then be uniform. With of="first" f counts first
+    choices only: the loss of 13 (arXiv 2204.09598), the mean over sequences of E * sum_e F_e P_e.
     A sequence must lie in one plan: cut into two micro-batches it counts as two sequences. Needs segment [T] int64,
     any ids. Sums: value [] over sequences, sequences [] int64.
     """
@@ -94,6 +95,8 @@ class SequenceBalanceLoss(PlanLoss[configs.SequenceBalance]):
         valid = torch.ones_like(table.expert[:, 0], dtype=torch.bool) if table.valid is None else table.valid
         order, lengths = _by_sequence(need(self, tensors, "segment"), valid)
         total = _sum_by(probs, order, lengths)  # [T, E], one row per sequence, zeros after the last
+        if self.config.of == "first":
+            table = dataclasses.replace(table, expert=table.expert[:, :1])
         hits = _sum_by(_hits(table, probs.dtype), order, lengths)
         number = _sum_by(valid.to(probs.dtype)[:, None], order, lengths)
         share = hits / hits.sum(-1, keepdim=True).clamp_min(1)

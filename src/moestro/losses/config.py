@@ -77,6 +77,8 @@ class SequenceBalance(Loss):
     builds: ClassVar[str] = "moestro.losses.balance:SequenceBalanceLoss"
     coefficient: float = 0.0001
     """Factor with which the loss joins the total; 0 = computed and logged only."""
+    of: Literal["all", "first"] = "all"
+    """Which choices are counted: all of them, or each unit's first (13)."""
 
 
 # Coefficients of variation ----------------------------------------------------------------------------------------
@@ -170,6 +172,7 @@ def examples() -> dict[str, Loss]:
         "per_unit_balance": PerUnitBalance(),
         "gshard_balance": GShardBalance(),
         "sequence_balance": SequenceBalance(),
+        "sequence_balance_first": SequenceBalance(of="first"),
         "importance_cv2": ImportanceCV2(),
         "importance_cv2_probs": ImportanceCV2(of="probs", unbiased=True),
         "load_cv2": LoadCV2(),

@@ -374,7 +374,7 @@ class FeedForward(FFN):
     """A dense gated MLP (SwiGLU by default), laid out like one gated expert."""
 
     builds: ClassVar[str] = "moestro.nn.feedforward:FeedForward"
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu"] = "silu"
     """Activation of the gate."""
 
 
@@ -383,7 +383,7 @@ class PlainFeedForward(FFN):
     """A dense MLP of two maps, down(act(up(x))), laid out like one plain expert (the first Transformer, T5, BERT)."""
 
     builds: ClassVar[str] = "moestro.nn.feedforward:PlainFeedForward"
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "relu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu"] = "relu"
     """Activation between the maps."""
     bias: bool = False
     """Whether both maps have a bias."""

@@ -61,7 +61,10 @@ def _value(name: str, parameter: Tensor, info: ParamInfo, seed: int, std: float 
         width = info.init_std
     else:
         width = scale * (_by_inputs(parameter, info) if std is None else std)
-    return torch.empty(parameter.shape).normal_(0.0, width, generator=_generator(seed, name))
+    shape = list(parameter.shape)
+    if info.alike and info.expert_axis is not None:
+        shape[info.expert_axis] = 1
+    return torch.empty(shape).normal_(0.0, width, generator=_generator(seed, name)).expand(parameter.shape)
 
 
 def _by_inputs(parameter: Tensor, info: ParamInfo) -> float:

@@ -20,7 +20,8 @@ __all__ = ["CapacityLimit", "FixedCapacityLimit", "RandomSecondLimit"]
 
 
 class CapacityLimit(LimitStep):
-    """An expert takes at most max(min_capacity, ceil(factor * K * n / E)) choices, n the valid units (of each segment).
+    """An expert takes at most max(min_capacity, ceil(factor * K * n / E)) choices, n the valid units (of each segment);
+    rounding="down": floor in place of ceil.
 
     K is the width of the table, E the number of real experts that the router addresses; virtual ids are not limited.
     The `capacity` of the plan is the same with all units, padded or not, in place of n: it depends on shapes only. Per
@@ -31,6 +32,7 @@ class CapacityLimit(LimitStep):
         super().__init__()
         self.factor: float | None = config.factor
         self.eval_factor: float | None = config.factor if config.eval_factor is None else config.eval_factor
+        self.up = config.rounding == "up"
         self._share_room(config.min_capacity, config, num_experts)
 
     def _share_room(self, least: int, config: cfg.Capacity | cfg.FixedCapacity, num_experts: int) -> None:
@@ -44,8 +46,8 @@ class CapacityLimit(LimitStep):
         groups = groups_of(signals, expert, self.per)
         limit, wide = torch.full_like(groups.size, self.least), self.least
         if factor is not None:
-            limit = share(float(factor), groups.size * K, self.num_experts, up=True).clamp_min(self.least)
-            wide: Any = torch.sym_max(share(float(factor), groups.most * K, self.num_experts, up=True), self.least)
+            limit = share(float(factor), groups.size * K, self.num_experts, up=self.up).clamp_min(self.least)
+            wide: Any = torch.sym_max(share(float(factor), groups.most * K, self.num_experts, up=self.up), self.least)
         most: Any = torch.sym_min(wide, groups.most)  # these are max and min, for numbers that a compiler does not know
         room = Room(groups.of, limit, most, self.num_experts)
 
@@ -70,6 +72,7 @@ class FixedCapacityLimit(CapacityLimit):
     def __init__(self, config: cfg.FixedCapacity, num_experts: int, num_ids: int) -> None:
         LimitStep.__init__(self)
         self.factor = self.eval_factor = None
+        self.up = True
         self._share_room(config.size, config, num_experts)
 
 

@@ -79,6 +79,8 @@ class Capacity(Limit):
     """Who is served first, and what happens to the others."""
     per: Literal["batch", "segment"] = "batch"
     """Units that share the room: the whole batch, or each segment."""
+    rounding: Literal["up", "down"] = "up"
+    """Where factor * K * units / experts is no whole number; "down" as in much released code."""
 
     def __post_init__(self) -> None:
         self.positive("factor")

@@ -31,13 +31,13 @@ class LinearScore(ScoreStep):
 
     def __init__(self, config: cfg.Linear, dim: int, num_ids: int) -> None:
         super().__init__()
-        self.deterministic = config.deterministic
+        self.deterministic, self.init_std = config.deterministic, config.init_std
         self.weight = nn.Parameter(torch.empty(num_ids, dim))
         self.bias = nn.Parameter(torch.empty(num_ids)) if config.bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        nn.init.normal_(self.weight, std=0.02 if self.init_std is None else self.init_std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -49,7 +49,7 @@ class LinearScore(ScoreStep):
 
     def param_info(self) -> dict[str, ParamInfo]:
         return {
-            "weight": ParamInfo(role="router", matrix_axes=(0, 1)),
+            "weight": ParamInfo(role="router", matrix_axes=(0, 1), init_std=self.init_std),
             "bias": ParamInfo(role="router", decay=False, init_std=0.0),
         }
 

@@ -18,8 +18,13 @@ class Linear(Score):
     builds: ClassVar[str] = "moestro.routers.score:LinearScore"
     bias: bool = False
     """Whether the map has a bias."""
+    init_std: float | None = None
+    """Standard deviation of its initial weights; None = that of the model's matrices. 1 is a near one-hot choice."""
     deterministic: bool = False
     """Whether a unit's logits are bitwise equal alone and in any batch; slower, on the CPU in fp32 only."""
+
+    def __post_init__(self) -> None:
+        self.positive("init_std")
 
 
 @config

@@ -26,6 +26,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x) ** 2,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01),
 }
 
 

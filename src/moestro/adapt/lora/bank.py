@@ -31,6 +31,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "leaky_relu": F.leaky_relu,
 }
 _PARTS = {GatedBank: ("gate", "up", "down"), MLPBank: ("up", "down")}
 

@@ -25,6 +25,7 @@ ACTIVATIONS: dict[Activation, Any] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "leaky_relu": F.leaky_relu,
 }
 PROBE = 8  # rows on which a candidate is compared with the module it was read from
 

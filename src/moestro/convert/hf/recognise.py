@@ -122,6 +122,7 @@ _MODULES: dict[type, Callable[[Any], str | None]] = {
     activations.GELUTanh: _gelu_tanh,
     nn.GELU: _torch_gelu,
     nn.ReLU: lambda act: "relu",
+    nn.LeakyReLU: lambda act: "leaky_relu" if act.negative_slope == 0.01 else None,
     activations.ReLUSquaredActivation: lambda act: "relu2",
 }
 _FUNCTIONS: dict[Any, str] = {F.silu: "silu", F.gelu: "gelu", F.relu: "relu", torch.relu: "relu"}

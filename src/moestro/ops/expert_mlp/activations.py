@@ -11,6 +11,7 @@ from ...core.errors import UserError, did_you_mean
 
 __all__ = ["ACTIVATIONS", "Activation", "Clamp", "activation_named", "activation_of", "lifted"]
 
+LEAK = 0.01  # slope of leaky_relu below 0
 _aten = torch.ops.aten
 
 
@@ -70,6 +71,14 @@ def _relu2_back(grad: Tensor, x: Tensor, out: Tensor) -> object:
     return torch.mul(grad, slope.mul_(2), out=out)
 
 
+def _leaky(x: Tensor, out: Tensor) -> object:
+    return _aten.leaky_relu.out(x, LEAK, out=out)
+
+
+def _leaky_back(grad: Tensor, x: Tensor, out: Tensor) -> object:
+    return _aten.leaky_relu_backward.grad_input(grad, x, LEAK, False, grad_input=out)
+
+
 class Clamp(NamedTuple):
     """The clamped gated unit of GPT-OSS: min(g, limit) * sigmoid(alpha * min(g, limit)) * (clamp(u, +-limit) + 1), g
     what the gate gives, u what up gives. Gradients vanish outside the limits."""
@@ -103,6 +112,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_back),
     "relu": Activation(_relu, _relu_back),
     "relu2": Activation(_relu2, _relu2_back),
+    "leaky_relu": Activation(_leaky, _leaky_back),
 }
 
 

@@ -35,7 +35,8 @@ def gated_mlp(
     down transposed, [sum F_e, D], so that the block of an expert is contiguous in both.
     gate_up_bias [E, 2F] and down_bias [E, D], for equal widths: added to what the matrices give. clamp: in place of the
     activation and the product, the clamped gated unit of GPT-OSS (`Clamp`).
-    Experts without rows get gradients of exact zeros. Activations: silu, gelu, gelu_tanh, relu, relu2.
+    Experts without rows get gradients of exact zeros. Activations: silu, gelu, gelu_tanh, relu, relu2,
+    leaky_relu (slope 0.01).
     deterministic: a row does not depend, to the last bit, on which other rows there are. sparse_grad: the gradients of
     gate_up and down are sparse over the expert axis and hold touched experts only; equal widths and one rank only.
     Raises `UserError` for shapes that do not fit.

@@ -17,6 +17,7 @@ _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(_GELU_C * (x + 0.044715 * x**3))),
     "relu": lambda x: torch.where(x > 0, x, 0 * x),
     "relu2": lambda x: torch.where(x > 0, x * x, 0 * x),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
 }
 
 

@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, Any] = {
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
     "relu2": "relu2",
+    "leaky_relu": "leaky_relu",
 }
 """Names in config.json -> ours."""
 _THEIR_ACTIVATION = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}

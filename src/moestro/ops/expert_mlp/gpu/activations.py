@@ -7,7 +7,7 @@ import triton.language as tl
 
 __all__ = ["KNOWN", "activate", "slope"]
 
-KNOWN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+KNOWN = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "leaky_relu")
 
 
 @triton.jit
@@ -27,10 +27,12 @@ def activate(x, ACT: tl.constexpr):
         return x * tl.sigmoid(_bent(x))
     elif ACT == "relu":
         return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN
-    else:
-        tl.static_assert(ACT == "relu2")
+    elif ACT == "relu2":
         y = tl.where(x < 0.0, 0.0, x)
         return y * y
+    else:
+        tl.static_assert(ACT == "leaky_relu")
+        return tl.where(x < 0.0, 0.01 * x, x)
 
 
 @triton.jit
@@ -46,6 +48,8 @@ def slope(x, ACT: tl.constexpr):
         return s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     elif ACT == "relu":
         return tl.where(x > 0.0, 1.0, 0.0)
-    else:
-        tl.static_assert(ACT == "relu2")
+    elif ACT == "relu2":
         return tl.where(x < 0.0, 0.0, 2.0 * x)
+    else:
+        tl.static_assert(ACT == "leaky_relu")
+        return tl.where(x > 0.0, 1.0, 0.01)

@@ -69,6 +69,7 @@ static void activate(int activation, int gated, float *h, const float *pre, int6
         CASE(ACT_GELU_TANH)
         CASE(ACT_RELU)
         CASE(ACT_RELU2)
+        CASE(ACT_LEAKY_RELU)
     }
 #undef CASE
 }
@@ -203,10 +204,14 @@ INLINE void act_and_slope(const int activation, vf x, vf *a, vf *slope)
         *a = v_max(v_set(0), x);
         *slope = v_pick(x > 0.0f, one, v_set(0));
         break;
-    default:
+    case ACT_RELU2:
         x = v_max(v_set(0), x);
         *a = x * x;
         *slope = x + x;
+        break;
+    default:
+        *a = v_max(v_set(LEAK) * x, x);
+        *slope = v_pick(x > 0.0f, one, v_set(LEAK));
     }
 }
 
@@ -250,6 +255,7 @@ static float back(int activation, int gated, const float *dh, const float *pre, 
         CASE(ACT_GELU_TANH)
         CASE(ACT_RELU)
         CASE(ACT_RELU2)
+        CASE(ACT_LEAKY_RELU)
     }
 #undef CASE
     return 0;

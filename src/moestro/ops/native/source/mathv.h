@@ -177,7 +177,8 @@ static inline vf v_normal(vf x)
 }
 
 /* Numbers of the activations, as callers pass them. */
-enum { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_RELU2 = 4 };
+enum { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2, ACT_RELU = 3, ACT_RELU2 = 4, ACT_LEAKY_RELU = 5 };
+#define LEAK 0.01f
 
 /* The activation of x. A NaN stays one. */
 static inline vf v_activate(vf x, int activation)
@@ -191,9 +192,11 @@ static inline vf v_activate(vf x, int activation)
         return x / (v_set(1.0f) + v_exp(x * v_fma(x * x, v_set(-0.0713548163f), v_set(-1.59576912f))));
     case ACT_RELU:
         return v_max(v_set(0.0f), x);
-    default:
+    case ACT_RELU2:
         x = v_max(v_set(0.0f), x);
         return x * x;
+    default:
+        return v_max(v_set(LEAK) * x, x);
     }
 }
 
