@@ -10,16 +10,20 @@ from torch import nn
 
 from ..core.account import cost
 from ..core.errors import UserError
+from ..routers.score import FrozenScore
 from .stack import Stack
 
 __all__ = ["StepCost", "frozen_paths", "step_cost", "still", "thaw"]
 
 
-def still(model: Stack, parts: Sequence[str]) -> list[str]:
-    """Freeze parts of a decoder or encoder: no gradient, no optimiser state, no step of their routers' biases.
+def still(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Freeze parts of a model: no gradient, no optimiser state, no step of their routers' biases.
 
     parts: "embed" (with the positions and norm that belong to it), "norm" (the last one), "head", and blocks as a
-    number, "3", or a range without its end, "0:4", ":4", "2:". Returns the names of the parameters that stand still.
+    number, "3", or a range without its end, "0:4", ":4", "2:"; "experts" and "routers" of all routed layers; with a
+    head on an encoder (`models.config.Headed`) also "encoder" as a whole, "top" and "features".
+
+    Returns the names of the parameters that stand still.
     What was frozen before stays frozen. A head that is tied to the embedding goes with it. Raises `UserError` for other
     words, for blocks that the model does not have, and where nothing would be left to train. Source: brief 45, B.
     """
@@ -29,7 +33,7 @@ def still(model: Stack, parts: Sequence[str]) -> list[str]:
     return [n for n, p in model.named_parameters() if not p.requires_grad]
 
 
-def thaw(model: Stack, parts: Sequence[str]) -> list[str]:
+def thaw(model: nn.Module, parts: Sequence[str]) -> list[str]:
     """Let frozen parts train again; words as for `still`. Returns the names of the parameters that train.
 
     With adapters on all blocks (`adapt.attach` freezes everything else), this frees the newest blocks and the head: the
@@ -39,16 +43,18 @@ def thaw(model: Stack, parts: Sequence[str]) -> list[str]:
     return [n for n, p in model.named_parameters() if p.requires_grad]
 
 
-def _set(model: Stack, parts: Sequence[str], *, moves: bool) -> None:
+def _set(model: nn.Module, parts: Sequence[str], *, moves: bool) -> None:
     for path in frozen_paths(model, parts):
         found = model.get_submodule(path)
         found.requires_grad_(moves)
         for module in found.modules():
             if hasattr(module, "still"):
                 module.still = not moves  # type: ignore[assignment]
+            if isinstance(module, FrozenScore):
+                module.requires_grad_(False)  # whatever trains round it
 
 
-def frozen_paths(model: Stack, parts: Sequence[str]) -> list[str]:
+def frozen_paths(model: nn.Module, parts: Sequence[str]) -> list[str]:
     """Paths of the modules that these words name, in the order of the model."""
     wanted: set[str] = set()
     for part in parts:
@@ -56,23 +62,37 @@ def frozen_paths(model: Stack, parts: Sequence[str]) -> list[str]:
     return [n for n, _ in model.named_modules() if n in wanted]
 
 
-def _paths(model: Stack, part: str) -> set[str]:
-    count = len(model.layers)
+def _paths(model: nn.Module, part: str) -> set[str]:
     here = {n for n, _ in model.named_children()}
+    inner = "encoder" if "layers" not in here else ""
+    stack = model.get_submodule(inner)
+    before = f"{inner}." if inner else ""
+    whole = {"experts", "routers", "norm", "head", *(("encoder", "top", "features") if inner else ())}
     if part == "embed":
-        return {"embed", "positions", "embed_norm", "relative"} & here
-    if part in ("norm", "head"):
-        if part not in here:
+        own = {n for n, _ in stack.named_children()}
+        return {before + n for n in ("embed", "positions", "embed_norm", "relative") if n in own}
+    if part in whole:
+        paths = _routed(model, part) or {before + part if part == "norm" else part}
+        if not paths <= {n for n, _ in model.named_modules()}:
             raise UserError(f"frozen: this {type(model).__name__} has no {part}")
-        return {part}
+        return paths
+    count = len(stack.layers)  # type: ignore[arg-type]
     found = re.fullmatch(r"(\d+)|(\d*):(\d*)", part)
     if found is None:
-        raise UserError(f'frozen: {part!r} is no part; name embed, norm, head, or blocks such as "3" and "0:4"')
+        words = ", ".join(["embed", *sorted(whole)])
+        raise UserError(f'frozen: {part!r} is no part; name {words}, or blocks such as "3" and "0:4"')
     start = int(found[1] or found[2] or 0)
     stop = int(found[1]) + 1 if found[1] else int(found[3] or count)
     if not start < stop <= count:
         raise UserError(f"frozen: blocks {part} of a model with {count} (0 to {count - 1})")
-    return {f"layers.{i}" for i in range(start, stop)}
+    return {f"{before}layers.{i}" for i in range(start, stop)}
+
+
+def _routed(model: nn.Module, part: str) -> set[str]:
+    """Paths of the banks, or routers, of all routed layers."""
+    name = {"experts": "experts", "routers": "router"}.get(part)
+    layers = [n for n, m in model.named_modules() if hasattr(m, "router") and hasattr(m, "experts")] if name else []
+    return {f"{n}.{name}" if n else str(name) for n in layers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
