@@ -80,8 +80,8 @@ class SequenceBalanceLoss(PlanLoss[configs.SequenceBalance]):
     """The mean over sequences of sum_e f_e P_e, f_e = E / (K T) * choices of e, both taken inside one sequence.
 
     Source: DeepSeek-V3 eq. 17-20 (expert-level balance of DeepSeek-V2). 1 when every sequence is uniform, E when every
-    sequence has one expert of its own (K = 1), although the batch as a whole may then be uniform. With of="first" f counts first
-    choices only: the loss of 13 (arXiv 2204.09598), the mean over sequences of E * sum_e F_e P_e.
+    sequence has one expert of its own (K = 1), although the batch as a whole may then be uniform. With
+    of="first" f counts first choices: the loss of 13 (arXiv 2204.09598), the mean over sequences of E * sum_e F_e P_e.
     A sequence must lie in one plan: cut into two micro-batches it counts as two sequences. Needs segment [T] int64,
     any ids. Sums: value [] over sequences, sequences [] int64.
     """
