@@ -13,16 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import moestro
 from adapt.adapt_cases import decoder, perturb, tokens
 from adapt.mixture_cases import SEVEN, TWO, linear, llama
-from moestro.adapt import LayerAllocation, Mixture
+from moestro.adapt import LayerAllocation, LoRA, Mixture, ShapedAllocation
 from moestro.adapt.attach import attach, factors
 from moestro.adapt.config import allocation
+from moestro.adapt.count import count
 from moestro.adapt.mixture.balance import watch
 from moestro.adapt.mixture.experts import LoRAExperts
 from moestro.core.account import cost
 from moestro.core.errors import UserError
 from moestro.core.plan import Dense, demand
 from moestro.core.signals import Signals
+from moestro.models.config import Decoder
 from moestro.moe.dropin import collect
+from moestro.nn.config import Attention, FeedForward
 from moestro.ops.combine import through
 from moestro.routers.config import All, Raw, Router
 from moestro.testing.compare import assert_close
@@ -32,10 +35,12 @@ from moestro.testing.experts import check_experts, plan_for
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", ["decoder", "llama"])
+@pytest.mark.parametrize("where", ["decoder", "wide decoder", "llama"])
 def test_with_b_zero_it_is_the_base_exactly_whatever_the_router_does(where: str) -> None:
     given = tokens()
-    model = decoder("dense") if where == "decoder" else llama()
+    model = llama() if where == "llama" else decoder("dense")
+    if where == "wide decoder":
+        model, where = decoder("dense", ffn=FeedForward(width=176)), "decoder"
     run = (lambda: model(given)[0]) if where == "decoder" else (lambda: model(given).logits)
     want = run()
     targets = ("attention", "ffn") if where == "decoder" else SEVEN
@@ -154,6 +159,9 @@ def test_published_shapes_by_name() -> None:
         ("triangle-up", (8, 6, 4, 2)),
         ("hourglass", (8, 2, 2, 8)),
         ("rectangle", (5, 5, 5, 5)),
+        ("middle", (2, 8, 8, 2)),
+        ("triangle", (8, 6, 4, 2)),
+        ("inverted", (2, 4, 6, 8)),
     ):
         assert allocation(name, 32, 160).experts == tuple(n for n in groups for _ in range(8))
     assert allocation("rectangle", 32, 256).experts == (8,) * 32
@@ -173,6 +181,19 @@ def test_published_shapes_by_name() -> None:
         attach(decoder("dense"), Mixture(allocation=LayerAllocation(experts=(2, 3, 4))))
 
 
+def test_a_shape_by_name_fits_any_number_of_layers() -> None:
+    shaped = ShapedAllocation(shape="inverted", rank=3)
+    assert [shaped.of(j, 8) for j in (0, 3, 7)] == [(2, 2, 3), (4, 2, 3), (8, 2, 3)]  # 40 over 2-2-4-4-6-6-8-8
+    assert sum(shaped.of(j, 32)[0] for j in range(32)) == 160
+    assert [ShapedAllocation(shape="middle", total=20, top_k=1).of(j, 4)[0] for j in range(4)] == [2, 8, 8, 2]
+    model = decoder("dense")
+    attach(model, Mixture(allocation=ShapedAllocation(shape="triangle", total=12)))
+    assert {m.layer: m.experts.num_experts for m in model.modules() if hasattr(m, "port")} == {0: 8, 1: 4}
+    with pytest.raises(UserError, match="fewer than top_k 2"):
+        attach(decoder("dense"), Mixture(allocation=ShapedAllocation(total=3)))
+    assert Mixture.from_dict(Mixture(allocation=shaped).to_dict()).allocation == shaped
+
+
 def test_trainable_parameters_of_llama_2_7b() -> None:
     """660,224 per expert and layer (624,640 and its router rows, 35,584); 105.6M for 160 experts."""
     sizes = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}
@@ -185,6 +206,19 @@ def test_trainable_parameters_of_llama_2_7b() -> None:
     assert sum(first.values()) == 2 * 660_224
     assert sum(v for n, v in first.items() if "router" in n) == 2 * 35_584
     assert attached.trainable == 160 * 660_224 == 105_635_840
+
+
+def test_what_adapters_cost_is_counted_from_configs() -> None:
+    """By hand, for one map [D, D] of one block: E r 2D numbers and E D of the router; all experts' factors are used."""
+    D, E, r = 16, 4, 3
+    bare = Decoder(dim=D, num_layers=1, attention=Attention(num_heads=2), ffn=FeedForward(width=24))
+    config = Mixture(targets=("attention.q",), allocation=LayerAllocation(experts=(E,), rank=(r,)))
+    trainable, whole = count(bare, config, 8)
+    assert trainable == E * r * 2 * D + E * D
+    assert whole.params == bare.num_params() + trainable
+    assert whole.flops - bare.flops_per_token(8) == 2 * trainable
+    one, rank_of_all = (count(bare, c, 8)[1] for c in (config, LoRA(targets=("attention.q",), rank=E * r)))
+    assert one.train_flops - rank_of_all.train_flops == 3 * 2 * E * D  # the router
 
 
 # Routing that is seen -------------------------------------------------------------------------------------------------
@@ -268,6 +302,21 @@ def test_the_balance_loss_is_pooled_over_a_layers_maps_and_summed_over_layers() 
     assert all(p.grad is not None for p in routers.values())
     assert any(bool(p.grad.any()) for p in routers.values())
     assert out.loss is not None
+
+
+def test_loads_are_pooled_over_a_layers_maps() -> None:
+    model = decoder("dense")
+    attach(model, Mixture(targets=("attention.q", "ffn"), allocation=TWO, balance=0.5))
+    with watch(model) as routing:
+        model(tokens())
+    loads = routing.loads()
+    assert {j: (len(n), int(n.sum())) for j, n in loads.items()} == {0: (2, 18 * 2 * 4), 1: (4, 18 * 2 * 4)}
+    each = [r.load for k, r in routing.trail.items() if "layers.1." in k.path]
+    assert torch.equal(loads[1], sum(each))
+    trail = routing.pooled()
+    assert {k.path for k in trail} == {*(k.path for k in routing.trail), "adapters.0", "adapters.1"}
+    assert float(trail.loss().detach()) == pytest.approx(float(routing.loss().detach()))
+    assert set(trail.counts()) == {k.path for k in routing.trail}
 
 
 def test_uniform_routing_has_a_loss_of_one_per_layer() -> None:

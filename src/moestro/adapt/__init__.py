@@ -1,5 +1,16 @@
 """Adapters: low-rank updates of frozen weights, mixtures of them, what routers do meanwhile, and PEFT's files."""
 
-from .config import LayerAllocation, LoRA, Mixture, RouterPolicy
+from .config import Adapter, Allocation, LayerAllocation, LoRA, Mixture, RouterPolicy, ShapedAllocation
+from .growth_config import GrowthSchedule, Stage
 
-__all__ = ["LayerAllocation", "LoRA", "Mixture", "RouterPolicy"]
+__all__ = [
+    "Adapter",
+    "Allocation",
+    "GrowthSchedule",
+    "LayerAllocation",
+    "LoRA",
+    "Mixture",
+    "RouterPolicy",
+    "ShapedAllocation",
+    "Stage",
+]

@@ -80,9 +80,16 @@ def _attach(model: nn.Module, config: Adapter, chosen: list[Place]) -> Attached:
     if not chosen:
         raise UserError("adapters attached to nothing")
     _check(chosen, config)
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        made = [(place.path, _adapted(place, config, chosen)) for place in chosen]
+    except UserError:
+        for p, moves in before:
+            p.requires_grad_(moves)
+        raise
     model.requires_grad_(False)
-    for place in chosen:
-        _put(model, place.path, _adapted(place, config, chosen))
+    for path, module in made:
+        _put(model, path, module)
     for module in adapters(model).values():
         _trainable(module)
     policy = apply_policy(model, config.router)

@@ -10,16 +10,30 @@ from ..routers.config import Renormalised, Router, TopK
 
 RouterPolicy = Literal["train", "freeze", "bias_only"]
 
-SHAPES: dict[str, tuple[int, ...]] = {
+SHAPES: dict[str, tuple[int, ...]] = {  # shares of four groups of layers, from the bottom
     "triangle-down": (2, 4, 6, 8),
     "triangle-up": (8, 6, 4, 2),
     "hourglass": (8, 2, 2, 8),
     "rectangle": (1, 1, 1, 1),
+    "middle": (2, 8, 8, 2),
+    "triangle": (8, 6, 4, 2),  # the paper's words for the first two
+    "inverted": (2, 4, 6, 8),
 }
+
+Shape = Literal["triangle-down", "triangle-up", "hourglass", "rectangle", "middle", "triangle", "inverted"]
 
 
 @config
-class LayerAllocation(Config):
+class Allocation(Config):
+    """Base of allocations: how many adapters every layer has, how many a token chooses, and of what rank."""
+
+    def of(self, layer: int, layers: int) -> tuple[int, int, int]:
+        """(experts, top_k, rank) of layer number `layer` of `layers`, from the bottom."""
+        raise NotImplementedError
+
+
+@config
+class LayerAllocation(Allocation):
     """Experts, choices and rank of the adapters in every layer; one number stands for all layers (MoLA)."""
 
     experts: tuple[int, ...] = (5,)
@@ -62,7 +76,8 @@ def allocation(shape: str, layers: int, total: int, *, top_k: int = 2, rank: int
 
     Where the shares are no whole numbers, the largest fractions are rounded up, so that the total is exact. Raises
     `UserError` for an unknown name and for a budget that leaves a layer fewer experts than choices.
-    Source: MoLA, arXiv 2402.08562 (2-4-6-8 for 32 layers and 160 experts).
+    Source: MoLA, arXiv 2402.08562 (2-4-6-8 for 32 layers and 160 experts); "middle", which its later version favours in
+    words, is the hourglass the other way round.
     """
     if shape not in SHAPES:
         raise UserError(f"unknown allocation {shape!r}; known: {', '.join(SHAPES)}")
@@ -80,6 +95,28 @@ def allocation(shape: str, layers: int, total: int, *, top_k: int = 2, rank: int
             f"top_k {top_k}; raise the total, or lower top_k"
         )
     return LayerAllocation(experts=tuple(counts), top_k=(top_k,), rank=(rank,))
+
+
+@config
+class ShapedAllocation(Allocation):
+    """A published shape by name, for as many layers as are adapted (`allocation`)."""
+
+    shape: Shape = "triangle-down"
+    """Where the experts are: triangle-down has most at the top, middle in between, rectangle as many everywhere."""
+    total: int = 0
+    """Experts of all layers together; 0 = five per layer, as published."""
+    top_k: int = 2
+    """Experts that a token chooses in each layer."""
+    rank: int = 8
+    """Rank of the experts."""
+
+    def __post_init__(self) -> None:
+        self.at_least(0, "total")
+        self.at_least(1, "top_k", "rank")
+
+    def of(self, layer: int, layers: int) -> tuple[int, int, int]:
+        made = allocation(self.shape, layers, self.total or 5 * layers, top_k=self.top_k, rank=self.rank)
+        return made.of(layer, layers)
 
 
 @config
@@ -137,12 +174,12 @@ class Mixture(Adapter):
 
     targets: tuple[str, ...] = ("attention", "ffn")
     """What is adapted: attention, ffn or their parts, or patterns on the paths of linear layers ("*.q_proj")."""
-    allocation: LayerAllocation = LayerAllocation()
+    allocation: Allocation = LayerAllocation()
     """Experts, choices and rank of every layer."""
     dropout: float = 0.05
     """Share of the experts' inputs that is dropped in training; the router sees all of them."""
     choice: Router = Router(select=TopK(k=2), weigh=Renormalised())
-    """The router of every target; `allocation.top_k` replaces k where it selects with TopK."""
+    """The router of every target; the allocation's top_k replaces k where it selects with TopK."""
     balance: float = 0.0
     """Coefficient of the balance loss, pooled over the targets of a layer and summed over layers; published: 0.001."""
 

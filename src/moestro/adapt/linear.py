@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.carry import Carry
@@ -96,15 +97,19 @@ class AdaptedFeedForward(FeedForward):
         return self._base[0]
 
     def forward(self, x: Tensor, signals: Signals | None = None, carry: Any = None) -> Any:
-        gate, up = linear(x, self.gate_up).chunk(2, dim=-1)
-        inner = self.activation(self._added(gate, "gate", x, signals)) * self._added(up, "up", x, signals)
-        y = self._added(linear(inner, self.down), "down", inner, signals)
-        return y, Carry() if carry is None else carry, Trail()
+        both = linear(x, self.gate_up)
+        deltas = [self._delta(name, x, signals) for name in ("gate", "up")]
+        if any(d is not None for d in deltas):
+            # both in one tensor, as the base has them: activations of other strides differ in the last bit
+            nothing = both.new_zeros((*both.shape[:-1], both.shape[-1] // 2))
+            both = both + torch.cat([nothing if d is None else d for d in deltas], -1)
+        gate, up = both.chunk(2, dim=-1)
+        inner = self.activation(gate) * up
+        y, delta = linear(inner, self.down), self._delta("down", inner, signals)
+        return y if delta is None else y + delta, Carry() if carry is None else carry, Trail()
 
-    def _added(self, y: Tensor, name: str, x: Tensor, signals: Signals | None) -> Tensor:
-        if name not in self.deltas:
-            return y
-        return y + self.deltas[name](x, signals=signals)
+    def _delta(self, name: str, x: Tensor, signals: Signals | None) -> Tensor | None:
+        return self.deltas[name](x, signals=signals) if name in self.deltas else None
 
     def unload(self) -> FeedForward:
         """The base, apart from this module, with the weights as they are now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from ...core.errors import UserError
 from ...core.signals import Signals
 from ...core.stats import Stats
-from ...core.trail import Trail
+from ...core.trail import Key, Record, Term, Trail
 from ...losses.config import SwitchBalance
 from ...ops.choice import in_backward
+from ...trace.diversity import Diversity, diversity_of_products
 from .linear import MixtureDelta
 
 __all__ = ["Routing", "diversity", "watch"]
@@ -46,6 +48,26 @@ class Routing:
         """Layer -> L_j = E_j sum_e f_e P_e, with f (share of choices) and P (mean probability) over all of the layer's
         maps and passes; at least 1 for uniform probabilities. Source: MoLA's released code."""
         return {layer: _LOSS.value(stats) for layer, stats in sorted(self._stats.items())}
+
+    def loads(self) -> dict[int, Tensor]:
+        """Layer -> [E] int64: how many choices each expert was given, over all of the layer's maps and passes."""
+        found: dict[int, Tensor] = {}
+        for key, record in self.trail.items():
+            if record.load is not None:
+                layer = self.deltas[key.path].layer
+                found[layer] = found[layer] + record.load if layer in found else record.load
+        return dict(sorted(found.items()))
+
+    def pooled(self) -> Trail:
+        """What was seen as part of a model's trail, with gradient: counts and plan of every router under its path, and
+        under `MixtureDelta.pool` the balance loss of every layer, with its coefficient."""
+        coefficient = {d.layer: d.config.balance for d in self.deltas.values()}
+        records = {key: dataclasses.replace(record, terms={}) for key, record in self.trail.items()}
+        pools = {d.layer: d.pool for d in self.deltas.values()}
+        for layer, stats in self._stats.items():
+            term = Term(stats=stats, loss=SwitchBalance(coefficient=coefficient[layer]).build())
+            records[Key(pools[layer])] = Record(terms={_LOSS.name: term})
+        return Trail(records)
 
     def loss(self) -> Tensor:
         """coefficient * sum over layers, [] fp32; to be added to the main loss. Each layer's own coefficient counts."""
@@ -95,23 +117,14 @@ def watch(model: nn.Module, valid: Tensor | None = None) -> Iterator[Routing]:
             delta.watched = before[path]
 
 
-@torch.no_grad()
-def diversity(model: nn.Module) -> dict[int, float]:
-    """Layer -> mean Frobenius distance between the updates of two of its experts, over pairs and maps.
-
-    Computed from the factors: <B_i A_i, B_j A_j> = sum of (B_i' B_j) * (A_i A_j'). Layers of one expert have 0.
-    """
-    found: dict[int, list[float]] = {}
+def diversity(model: nn.Module) -> dict[int, Diversity]:
+    """Layer -> how unlike the updates B_e A_e of its experts are: means over pairs, then over the layer's maps."""
+    found: dict[int, list[Diversity]] = {}
     for delta in model.modules():
-        if not isinstance(delta, MixtureDelta):
-            continue
-        a, b = delta.experts.a.double(), delta.experts.b.double() * delta.experts.scale
-        E = a.shape[0]
-        outs, ins = torch.einsum("ior,jos->ijrs", b, b), torch.einsum("ird,jsd->ijrs", a, a)
-        inner = (outs * ins).sum((2, 3))
-        norms = inner.diagonal()
-        distance = (norms[:, None] + norms[None, :] - 2 * inner).clamp_min(0).sqrt()
-        pairs = torch.triu_indices(E, E, 1, device=a.device)
-        mean = float(distance[pairs[0], pairs[1]].mean()) if E > 1 else 0.0
-        found.setdefault(delta.layer, []).append(mean)
-    return {layer: sum(values) / len(values) for layer, values in sorted(found.items())}
+        if isinstance(delta, MixtureDelta):
+            one = diversity_of_products(delta.experts.b.detach() * delta.experts.scale, delta.experts.a.detach())
+            found.setdefault(delta.layer, []).append(one)
+    return {
+        layer: Diversity(*(math.fsum(values) / len(values) for values in zip(*made)))
+        for layer, made in sorted(found.items())
+    }

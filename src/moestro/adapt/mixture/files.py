@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError, did_you_mean
 from ...routers.score import LinearScore
+from ..attach import Attached, places, unload
+from ..attach import attach as put_in
+from ..config import LayerAllocation, Mixture
 from .linear import MixtureDelta
 
-__all__ = ["from_published", "load", "load_expert", "save", "to_published"]
+__all__ = ["attach", "from_published", "load", "load_expert", "save", "to_published"]
 
 PREFIX = "base_model.model."
 _LLAMA = {  # where Moestro's decoder keeps what Llama keeps elsewhere
@@ -109,6 +112,59 @@ def save(model: nn.Module, folder: str | Path) -> None:
 def load(model: nn.Module, folder: str | Path) -> None:
     """Fill the mixtures of a model from a folder that `save` wrote. Raises `UserError` for whatever does not fit."""
     from_published(model, read_tensors(Path(folder)))
+
+
+def attach(model: nn.Module, folder: str | Path) -> Attached:
+    """Attach the mixtures that a folder of MoLA's, or one that `save` wrote, describes, and fill them.
+
+    Of `adapter_config.json` these fields are read: number_experts, top_k and r (a number per layer, or one),
+    lora_alpha, lora_dropout, obalance and target_modules. Nothing is attached where something does not fit.
+    """
+    folder = Path(folder)
+    tensors, config = read_tensors(folder), _config(model, folder / "adapter_config.json")
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    attached = put_in(model, config)
+    try:
+        from_published(model, tensors)
+    except UserError:
+        unload(model)
+        for n, p in model.named_parameters():
+            p.requires_grad_(before[n])
+        raise
+    return attached
+
+
+def _config(model: nn.Module, path: Path) -> Mixture:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        own = said.get("moestro")
+        numbers = {n: _whole(said[n]) for n in ("number_experts", "top_k", "r")}
+        names = [str(n) for n in said["target_modules"]]
+        alpha, dropout = float(said["lora_alpha"]), float(said.get("lora_dropout", 0.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: no readable config of a mixture ({type(error).__name__}: {error})") from None
+    if own is not None:
+        return Mixture.from_dict(own, where=str(path))
+    targets = [f"*.{name}" for name in names]
+    if any(place.group == "attention" for place in places(model)):  # a decoder of ours: by logical names
+        mlp = {"gate_proj", "up_proj", "down_proj"}
+        if mlp & set(names) and not mlp <= set(names):
+            raise UserError(
+                f"{path}: a mixture on {', '.join(sorted(mlp & set(names)))} alone has no place in a Decoder"
+            )
+        targets = [f"attention.{name.removesuffix('_proj')}" for name in names if name not in mlp]
+        targets += ["ffn"] if mlp <= set(names) else []
+    return Mixture(
+        targets=tuple(targets),
+        allocation=LayerAllocation(experts=numbers["number_experts"], top_k=numbers["top_k"], rank=numbers["r"]),
+        alpha=alpha,
+        dropout=dropout,
+        balance=0.001 if said.get("obalance") else 0.0,
+    )
+
+
+def _whole(value: Any) -> tuple[int, ...]:
+    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

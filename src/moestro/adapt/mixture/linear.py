@@ -35,8 +35,8 @@ class MixtureDelta(Delta):
     """sum over chosen e of w_e * alpha / r * B_e A_e dropout(x), chosen and weighed by a router that reads x.
 
     Shapes: x [..., I] -> [..., O]. Plans are seen by `collect` and `balance.watch`. layer: number of the layer among
-    the adapted ones, over whose maps the balance loss is pooled. Padding (`signals.valid`) gets no update and counts
-    nowhere. Source: MoLA, arXiv 2402.08562.
+    the adapted ones, over whose maps the balance loss is pooled; pool: what trails call it. Padding (`signals.valid`)
+    gets no update and counts nowhere. Source: MoLA, arXiv 2402.08562.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class MixtureDelta(Delta):
         if E == 1 and isinstance(choice.weigh, Renormalised):
             changes["weigh"] = Raw()  # the weight of a single expert is 1 either way: ordinary LoRA
         choice = choice.replace(**changes)
-        self.config, self.layer, self.path = config, layer, path
+        self.config, self.layer, self.path, self.pool = config, layer, path, f"adapters.{layer}"
         self.place = Place(config.seed, path)
         self.router: Any = choice.build(dim=inputs, num_experts=E).to(like.device)
         if isinstance(self.router.score, LinearScore):
