@@ -8,12 +8,6 @@ from __future__ import annotations
 __all__ = ["PARTS"]
 
 PARTS: dict[str, dict[str, str]] = {
-    "thor": {
-        "uniform random choice": "moestro.routers.config:Random",
-        "encoder-decoder": "moestro.models.config:EncoderDecoder",
-        "two-pass consistency": "moestro.tasks.objectives:TwoPass",
-        "sentence pairs": "moestro.tasks.data.config:Multi30k",
-    },
     "similarity-attention-aware-smoe": {
         "mix by similarity": "moestro.routers.mixes:SimilarityMix",
         "mix by attention": "moestro.routers.mixes:AttentionMix",
@@ -65,12 +59,6 @@ PARTS: dict[str, dict[str, str]] = {
         "frozen random score": "moestro.routers.config:Frozen",
         "softmax over kept": "moestro.routers.config:SoftmaxKept",
         "schedule of the number of experts": "moestro.train.knobs:LinearRamp",
-    },
-    "growing-transformers": {
-        "embeddings of codes": "moestro.nn.embeddings:IdCode",
-        "embeddings of glyphs": "moestro.nn.embeddings:Glyphs",
-        "several models as one": "moestro.models.ensembles:Ensemble",
-        "growth by layers": "moestro.convert.config:Grow",
     },
     "ewa": {
         "random partition": "moestro.routers.config:Partition",

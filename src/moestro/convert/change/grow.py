@@ -99,7 +99,8 @@ def _stand(old: nn.Module, new: nn.Module) -> None:
     """What was frozen in the old model is frozen in the new one."""
     frozen = {n for n, p in old.named_parameters() if not p.requires_grad}
     for name, parameter in new.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        if name in frozen:
+            parameter.requires_grad_(False)
     modules = dict(new.named_modules())
     for name, module in old.named_modules():
         if getattr(module, "still", False):

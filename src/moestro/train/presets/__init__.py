@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import UserError, did_you_mean
 from ..config import TrainRun
-from . import language, routing
+from . import growing, language, routing
 
 __all__ = ["DEFAULT", "PRESETS", "preset"]
 
@@ -15,6 +15,7 @@ DEFAULT = "stdlib"
 PRESETS: dict[str, Callable[[], TrainRun]] = {
     **language.PRESETS,
     **routing.PRESETS,
+    **growing.PRESETS,
 }
 
 
