@@ -23,9 +23,11 @@ from ..models.twin import dense_twin
 from ..moe.config import MoELayer as MoEConfig
 from ..moe.layer import MoELayer
 from ..tasks.batches import Batches
+from ..tasks.config import Corpus
 from ..tasks.corpus import cache_folder, prepare
 from ..tasks.tokenizer_file import read_tokenizer
 from ..train.config import TrainRun
+from ..train.models import language_model
 from ..train.ranks import joined
 from . import peers
 from .contender import Contender
@@ -71,14 +73,16 @@ def measure(
     for peer in against:
         if peer not in PEERS:
             raise UserError(f"bench train: unknown peer {peer!r}{did_you_mean(peer, PEERS)}; known: {', '.join(PEERS)}")
+    data, shape = run.data, language_model(run.model, "bench train")
+    assert isinstance(data, Corpus)
     with joined(run.device) as ranks:
         if ranks.world > 1:
             raise UserError("bench train measures one process; start it without torchrun")
         if run.threads:
             torch.set_num_threads(run.threads)
-        tokenizer = read_tokenizer(run.data.tokenizer)
-        corpus = prepare(run.data.build(), tokenizer, cache_folder(run.data.cache), say)
-        shape = run.model.replace(vocab_size=tokenizer.vocab_size, seed=run.seed)
+        tokenizer = read_tokenizer(data.tokenizer)
+        corpus = prepare(data.build(), tokenizer, cache_folder(data.cache), say)
+        shape = shape.replace(vocab_size=tokenizer.vocab_size, seed=run.seed)
         run = run.replace(model=shape, micro_batch=0)
         if steps is None:
             steps = 1 if shape.num_params() > LARGE else 3

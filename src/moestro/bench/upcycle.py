@@ -28,7 +28,7 @@ from ..serve.generate import generate
 from ..train.compare import curve
 from ..train.config import TrainRun
 from ..train.files import write_json
-from ..train.held_out import held_out
+from ..train.held_out import held_out_text
 from ..train.layout import Layout
 from ..train.load import load as load_run
 from ..train.observe import Observer
@@ -178,7 +178,7 @@ def _train(config: TrainRun, out: Path, watch: Callable[[], AbstractContextManag
 
 def _sample(trained: Any) -> tuple[Tensor, int]:
     """Held-out tokens [B, S], on which conversions are measured, and the bytes that their targets stand for."""
-    valid = held_out(trained).corpus.valid
+    valid = held_out_text(trained).corpus.valid
     S = trained.config.seq_len
     B = min(16, len(valid) // S)
     tokens = torch.from_numpy(valid[: B * S].astype("int64")).view(B, S)

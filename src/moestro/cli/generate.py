@@ -10,22 +10,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from ..core.errors import UserError
+from ..models.config import EncoderDecoder
+from ..train.models import language_model
 from .parse import parse
 
 if TYPE_CHECKING:
     from ..tasks.tokenizer import Tokenizer
+    from ..train.load import Loaded
 
 __all__ = ["Writer", "main"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Continue a text with the model of a run. The new text goes to stdout as it is made."""
+    """Continue a text with the model of a run. The new text goes to stdout as it is made.
+
+    A run on translations translates: every line of the prompt by itself, with --beams, without draws."""
 
     run: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
     """The run folder (RUN/dense for its dense twin)."""
     prompt: str
-    """The text to continue; - reads it from stdin."""
+    """The text to continue, or the lines to translate; - reads it from stdin."""
     max_tokens: int = 256
     """The most tokens to add; fewer where the model's context is full."""
     temperature: float = 0.8
@@ -34,6 +40,8 @@ class Options:
     """Draw from the fewest tokens that hold this share of the probability; 1 = from all."""
     top_k: int | None = None
     """Draw from the most probable k tokens; None = from all."""
+    beams: int = 4
+    """Of translations: unfinished sentences that are followed at once; 1 = always the most probable token."""
     seed: int = 0
     """Seed of the draws: the same seed gives the same text."""
     state: Literal["best", "last"] = "best"
@@ -60,6 +68,10 @@ def main(args: Sequence[str]) -> int:
         from .packing import pack_loaded
 
         weights = pack_loaded(loaded, options.weights, options.measure, sys.stderr)
+    if isinstance(loaded.config.model, EncoderDecoder):
+        _translate(options, loaded, prompt.decode(errors="replace"), weights)
+        return 0
+    context = language_model(loaded.config.model, f"{options.run}: generate").context
     writer = Writer(loaded.tokenizer, None if options.json else sys.stdout)
     made = generate(
         loaded.model,
@@ -77,8 +89,31 @@ def main(args: Sequence[str]) -> int:
         about |= {"reason": made.reason, "seed": options.seed}
         print(json.dumps(about if weights is None else {**about, "weights": weights}))
     elif made.reason == "context":
-        print(f"the model's context of {loaded.config.model.context} tokens is full", file=sys.stderr)
+        print(f"the model's context of {context} tokens is full", file=sys.stderr)
     return 0
+
+
+def _translate(options: Options, loaded: Loaded, prompt: str, weights: Any) -> None:
+    """Print the translation of every line."""
+    from ..serve.translate import beam_search
+    from ..tasks.vocabulary_file import VocabularyTokenizer
+
+    assert isinstance(loaded.tokenizer, VocabularyTokenizer)
+    vocabulary, most = loaded.tokenizer.vocabulary, loaded.config.seq_len - 1
+    lines = [line.strip() for line in prompt.splitlines() if line.strip()]
+    if not lines:
+        raise UserError("generate: the prompt is empty; give a line to translate")
+    texts: list[str] = []
+    for line in lines:
+        source = [*vocabulary.encode(line)[:most], vocabulary.eos]
+        limit = min(options.max_tokens, most)
+        best: Any = beam_search(loaded.model, source, limit, beams=options.beams, stop=[vocabulary.eos])  # type: ignore[arg-type]
+        texts.append(vocabulary.decode(best[0].tokens.tolist()))
+        if not options.json:
+            print(texts[-1], flush=True)
+    if options.json:
+        about = {"prompt": prompt, "text": "\n".join(texts), "beams": options.beams}
+        print(json.dumps(about if weights is None else {**about, "weights": weights}))
 
 
 class Writer:

@@ -105,13 +105,15 @@ def inspect(
     from ..tasks.batches import Batch
     from ..trace.record import Recorder
     from ..train.layout import is_run
+    from ..train.models import language_model
     from ..train.step import signals_of
 
     config, model = loaded.config, loaded.model
+    decoder = language_model(config.model, f"{loaded.folder}: inspect reads running text, which")
     S = seq_len or config.seq_len
-    if tokens < 2 or not 1 <= S <= config.model.context:
-        raise UserError(f"inspect: needs at least 2 tokens and a seq_len of 1 to {config.model.context}, the context")
-    if "moe" not in config.model.kinds():
+    if tokens < 2 or not 1 <= S <= decoder.context:
+        raise UserError(f"inspect: needs at least 2 tokens and a seq_len of 1 to {decoder.context}, the context")
+    if "moe" not in decoder.kinds():
         raise UserError(f"{loaded.folder}: a dense model; there is no routing to inspect")
     if is_run(out):
         raise UserError(f"{out}: holds a run; choose another folder with --out")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 
 from ..core.errors import UserError
+from ..tasks.config import Corpus
 from .style import print_table, size
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ EVERY = 5.0  # seconds between plain lines of progress
 
 
 def pack_loaded(loaded: Loaded, kind: Kind, measure: bool, stream: TextIO) -> dict[str, Any]:
-    """Pack the model of a run in place; bytes and bits per byte before and after, said on `stream` and returned."""
+    """Pack the model of a run in place; bytes and bits per byte before and after, said on `stream` and returned.
+    Where the run's targets are no text, nats per target stand for bits per byte (`measure`)."""
     from ..serve.weights import pack_model
     from ..train.held_out import held_out, validate
 
@@ -38,7 +40,8 @@ def pack_loaded(loaded: Loaded, kind: Kind, measure: bool, stream: TextIO) -> di
     packing = pack_model(loaded.model, kind)
     if batches is not None and bits is not None:
         bits[kind] = validate(loaded, batches, _watch(stream, kind))
-    _say(packing, bits, missing if measure else "", stream)
+    unit = "bits per byte" if isinstance(loaded.config.data, Corpus) else "nats per target"
+    _say(packing, bits, unit, missing if measure else "", stream)
     return {
         "kind": kind,
         "bytes": {"before": packing.before, "after": packing.after},
@@ -46,10 +49,11 @@ def pack_loaded(loaded: Loaded, kind: Kind, measure: bool, stream: TextIO) -> di
         "kept": packing.kept,
         "bits_per_byte": bits,
         "bits_per_byte_missing": None if bits is not None else missing,
+        **({} if unit == "bits per byte" else {"measure": unit}),
     }
 
 
-def _say(packing: Packing, bits: dict[str, float] | None, missing: str, stream: TextIO) -> None:
+def _say(packing: Packing, bits: dict[str, float] | None, unit: str, missing: str, stream: TextIO) -> None:
     kind, before, after = packing.kind, packing.before, packing.after
     rows = [[name, size(before[name]), size(after.get(name, 0))] for name in before]
     rows.append(["all", size(sum(before.values())), size(sum(after.values()))])
@@ -59,7 +63,7 @@ def _say(packing: Packing, bits: dict[str, float] | None, missing: str, stream: 
     if bits is not None:
         change = bits[kind] - bits["fp32"]
         print(
-            f"validation: {bits[kind]:.4f} bits per byte with {kind}, {bits['fp32']:.4f} with fp32 ({change:+.4f})",
+            f"validation: {bits[kind]:.4f} {unit} with {kind}, {bits['fp32']:.4f} with fp32 ({change:+.4f})",
             file=stream,
             flush=True,
         )

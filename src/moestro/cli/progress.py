@@ -17,7 +17,7 @@ __all__ = ["Bars", "Lines", "Watcher", "watcher"]
 
 EVERY = 5.0  # seconds between plain lines
 NARROW = 100  # columns below which names of figures are shortened
-SHORT = {"bits/byte": "b/B", "tokens/s": "tok/s", "left": ""}
+SHORT = {"bits/byte": "b/B", "tokens/s": "tok/s", "left": "", "accuracy": "acc"}
 
 
 class Watcher(Observer):
@@ -57,7 +57,7 @@ class Lines(Watcher):
             self.say(f"{info.arm:<{self.width}}  step {info.step}/{info.steps}  " + "  ".join(parts))
 
     def on_eval(self, arm: str, row: Mapping[str, Any]) -> None:
-        self.say(f"{arm:<{self.width}}  step {row['step']}  validation bits/byte {row['bits_per_byte']:.4f}")
+        self.say(f"{arm:<{self.width}}  step {row['step']}  validation {judged(row)}")
 
     def on_message(self, text: str) -> None:
         self.say(text)
@@ -99,7 +99,7 @@ class Bars(Watcher):
             self.progress.update(self.tasks[info.arm], completed=info.step, figures=text)
 
     def on_eval(self, arm: str, row: Mapping[str, Any]) -> None:
-        self.on_message(f"{arm}  step {row['step']}  validation bits/byte {row['bits_per_byte']:.4f}")
+        self.on_message(f"{arm}  step {row['step']}  validation {judged(row)}")
 
     def on_message(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -124,10 +124,22 @@ def figures(info: StepInfo) -> dict[str, str]:
     return {
         "loss": f"{row['loss']:.4f}",
         "bits/byte": _number(row.get("bits_per_byte"), ".4f"),
+        **{name: _number(value, ".4f") for name, value in _of_task(row).items()},
         "tokens/s": count(row["tokens_per_second"]) if row.get("tokens_per_second") else "",
         "left": "" if info.seconds_left is None else duration(info.seconds_left),
         "load": _number(row.get("load_entropy"), ".3f"),
     }
+
+
+def judged(row: Mapping[str, Any]) -> str:
+    """What an evaluation says in a line: bits per byte of text, else nats and the task's metrics."""
+    if "bits_per_byte" in row:
+        return f"bits/byte {row['bits_per_byte']:.4f}"
+    return "  ".join(f"{name} {value:.4f}" for name, value in _of_task(row).items())
+
+
+def _of_task(row: Mapping[str, Any]) -> dict[str, float]:
+    return {"nats": row["nats"], **row["metrics"]} if "metrics" in row else {}
 
 
 def _number(value: Any, form: str) -> str:

@@ -15,8 +15,9 @@ import tyro
 
 from ..core.errors import UserError
 from ..models.published import PUBLISHED
-from ..tasks.config import Text
+from ..tasks.config import Corpus, Examples, Text
 from ..train.config import TrainRun
+from ..train.models import language_model
 from ..train.presets import DEFAULT, PRESETS
 from .find import find
 from .override import override
@@ -40,7 +41,8 @@ class Place:
     """PATH=VALUE, as often as you like: change a part, also to another type, before the options below apply.
     model.moe.router.select=routers.TopP, or as JSON '{"type": "routers.TopP", "p": 0.4}'."""
     data: str | None = None
-    """Text to learn from: a file, or a folder with text files. None = the preset's."""
+    """What to learn from: a text file or a folder of them; for presets of other tasks, a file or folder of their rows
+    (see the data options). None = the preset's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,8 @@ class Options(Place):
     source text of Python's standard library. Every field of the preset is an option below."""
 
     tokenizer: str | None = None
-    """Tokenizer file (JSON of Hugging Face's tokenizers), copied into the run. None = the preset's, else bytes."""
+    """For text: tokenizer file (JSON of Hugging Face's tokenizers), copied into the run. None = the preset's, else
+    bytes."""
     json: bool = False
     """Print one line of JSON on stdout at the end; everything else goes to stderr."""
     config: Annotated[TrainRun, tyro.conf.arg(name="")]
@@ -111,9 +114,7 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
         base = _started(base, place.start)
     base = override(base, place.set)
     if place.data is not None:
-        about = base.data
-        text = about if isinstance(about, Text) else Text(tokenizer=about.tokenizer, cache=about.cache)
-        base = base.replace(data=text.replace(path=place.data))
+        base = base.replace(data=_at(base.data, place.data))
     options = parse(
         Options,
         rest,
@@ -124,15 +125,27 @@ def read(args: Sequence[str]) -> tuple[str, TrainRun, Options]:
     )
     config = options.config
     if options.tokenizer is not None:
+        if not isinstance(config.data, Corpus):
+            raise UserError("--tokenizer is for text; what examples become is said by --set data.vocabulary=...")
         config = config.replace(data=config.data.replace(tokenizer=options.tokenizer))
     return name if name in PRESETS else "run", config, options
 
 
+def _at(data: Any, path: str) -> Any:
+    """Data of the same kind and settings, from a file or folder."""
+    if isinstance(data, Examples):
+        return data.at(path)
+    if not isinstance(data, Text):
+        data = Text(tokenizer=data.tokenizer, cache=data.cache)
+    return data.replace(path=path)
+
+
 def _started(base: TrainRun, folder: str) -> TrainRun:
     """The run on the model of a folder: with its tokenizer, at most its context, and no twin."""
-    model = find(folder).model
+    model = language_model(find(folder).model, "--start")
     tokenizer = Path(folder) / "tokenizer.json"
-    data = base.data.replace(tokenizer=str(tokenizer)) if tokenizer.is_file() else base.data
+    given = tokenizer.is_file() and isinstance(base.data, Corpus)
+    data = base.data.replace(tokenizer=str(tokenizer)) if given else base.data
     return base.replace(model=model, start=folder, twin=False, data=data, seq_len=min(base.seq_len, model.context))
 
 

@@ -7,6 +7,7 @@ per epoch. Each epoch visits all of them once, in the order of a keyed bijection
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from .corpus import Corpus
 
-__all__ = ["Batch", "Batches", "permute"]
+__all__ = ["Batch", "Batches", "Feed", "permute"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,11 @@ class Batch:
     unit_id: Tensor
     text_bytes: float
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has."""
+        return self.targets.numel()
+
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
@@ -40,6 +46,25 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
             unit_id=self.unit_id.to(device, non_blocking=True),
         )
+
+
+class Feed(Protocol):
+    """What runs train and evaluate on: global batches by step, and held-out sequences by place or number.
+
+    Batches have `num_tokens` and `to(device)`, and `text_bytes` where their targets stand for bytes of text.
+    """
+
+    def train(self, step: int, size: int, start: int = 0, stop: int | None = None) -> Any:
+        """Sequences start..stop of the global batch of `size` sequences of this step, whoever asks for which part."""
+        ...
+
+    def valid_windows(self, limit: int) -> np.ndarray:
+        """[n] int64: at most `limit` held-out sequences, always the same ones."""
+        ...
+
+    def valid(self, starts: np.ndarray, first: int = 0) -> Any:
+        """Some of them as a batch; the first of them is number `first`."""
+        ...
 
 
 class Batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from ..core.pytree import changed
 from ..core.signals import Signals
 from ..core.trail import Trail
 
-__all__ = ["Outcome", "Prediction", "nats", "told"]
+__all__ = ["Outcome", "Prediction", "nats", "readings", "told"]
 
 
 class Outcome(NamedTuple):
@@ -57,6 +57,16 @@ def nats(predictions: Sequence[Prediction], smoothing: float = 0.0) -> tuple[Ten
             plain.append(own.detach())
     assert right is not None
     return torch.stack(loss).sum(), {"nats": torch.stack(plain).sum(), "correct": right.sum()}
+
+
+def readings(sums: Mapping[str, float], count: float) -> dict[str, float]:
+    """Summed metrics of an objective over `count` targets as means, `correct` as `accuracy`.
+
+    Where there is a `consistency`, the others are those of two passes over the targets.
+    """
+    passes = 2 if "consistency" in sums else 1
+    over = {name: count * (1 if name == "consistency" else passes) for name in sums}
+    return {"accuracy" if name == "correct" else name: value / over[name] for name, value in sums.items()}
 
 
 def told(

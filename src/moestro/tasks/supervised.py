@@ -119,6 +119,7 @@ class PairObjective:
 
     def __init__(self, config: cfg.MatchPairs) -> None:
         self.config, self.loss = config, config.loss.build()
+        self.together = config.group  # evaluations keep groups in one batch
 
     def count(self, batch: PairBatch) -> int:
         """How many similar pairs a batch has."""

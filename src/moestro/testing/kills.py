@@ -34,6 +34,7 @@ from ..train.config import TrainRun
 from ..train.files import write_json
 from ..train.layout import Layout
 from ..train.log import read_rows
+from ..train.models import language_model
 from ..train.presets import preset
 from ..train.run import run
 
@@ -63,7 +64,7 @@ def cases(folder: Path, steps: int, report: bool = False) -> dict[str, TrainRun]
         data=data, steps=steps, threads=1, eval_every=max(2, steps // 4), save_every=2, eval_windows=8, seq_len=16
     )
     tiny = tiny.replace(report=report, tensorboard=report)
-    layer = tiny.model.moe
+    layer = language_model(tiny.model, "the tiny preset").moe
     assert isinstance(layer, MoELayer)
     assert isinstance(layer.router, Router)
     four = layer.replace(num_experts=8, router=layer.router.replace(select=TopK(k=4)))

@@ -16,13 +16,14 @@ from ..core.errors import UserError
 from ..models.growth import still
 from ..optim.clip import clip, grad_norm
 from ..optim.hooks import AfterStep, RouterSteps
-from ..tasks.batches import Batches
+from ..tasks.batches import Feed
+from ..tasks.predictions import readings
 from ..trace.metrics import load_entropy, max_violation
 from ..trace.record import Recorder
 from ..trace.watch import Watch
 from . import observe
 from .config import TrainRun
-from .evaluate import Sampled, evaluate
+from .evaluate import Sampled, bits_per_byte, evaluate
 from .knobs import knobs_at
 from .observe import Observer, StepInfo
 from .ranks import Ranks
@@ -45,20 +46,20 @@ class Arm:
         self,
         name: str,
         config: TrainRun,
-        batches: Batches,
+        batches: Feed,
         ranks: Ranks,
         store: Store | None,
         observer: Observer,
         recorder: Recorder | None,
-        columns: Any = None,
+        shown: Any = None,
     ) -> None:
         self.name, self.config, self.ranks, self.store, self.observer = name, config, ranks, store, observer
-        self.batches, self.recorder, self._columns = batches, recorder, columns
+        self.batches, self.recorder, self._shown = batches, recorder, shown
         self.model = config.model.build().to(ranks.device)
         ranks.copy_first(list(tensors_of(self.model).values()))
         self._routers()
         check_knobs(config.knobs, self.model, config.steps)
-        self.objective = config.objective.build()
+        self.objective = seen(config.objective.build(), self.model)
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
         hooks = [hook.build(self.model, config.steps) for hook in config.after]
@@ -143,7 +144,7 @@ class Arm:
         taken = time.perf_counter() - begin
         self.step += 1
         self.seconds += taken
-        self.tokens += found.targets
+        self.tokens += found.tokens
         if self.ranks.first:
             self._note(found, norm, factor, taken)
         return found.stop or (self.ranks.world == 1 and stop.requested)
@@ -152,7 +153,7 @@ class Arm:
         if math.isfinite(found.loss) and math.isfinite(norm):
             return
         bad = [f"{k.name} of {k.path} {value}" for k, value in found.terms.items() if not math.isfinite(value)]
-        parts = [f"{found.nats} nats per token", f"gradient norm {norm}", *bad[:4]]
+        parts = [f"{found.nats} nats per target", f"gradient norm {norm}", *bad[:4]]
         safe = self.store.where() if self.store else "see the first rank's message"
         raise UserError(
             f"{self.name}: the loss of step {self.step + 1} is not finite ({', '.join(parts)}); training stopped "
@@ -166,19 +167,18 @@ class Arm:
         counts = {path: c.cpu().numpy() for path, c in found.counts.items()}
         entropies = [float(load_entropy(c)) for c in counts.values() if c.sum()]
         violations = [float(max_violation(c)) for c in counts.values() if c.sum()]
-        bits = found.nats / math.log(2)
         row = {
             "kind": "step",
             "step": self.step,
             "seconds": self.seconds,
             "loss": found.loss,
             "nats": found.nats,
-            "bits_per_byte": bits * found.targets / found.text_bytes,
+            **_measures(found.nats, found.targets, found.text_bytes, found.metrics),
             "grad_norm": norm,
             "lr": self.config.optimizer.lr * factor,
             "tokens": self.tokens,
-            "text_bytes": found.text_bytes,
-            "tokens_per_second": found.targets / taken,
+            **({"text_bytes": found.text_bytes} if found.text_bytes else {"targets": found.targets}),
+            "tokens_per_second": found.tokens / taken,
             "terms": _means({k.name: [v for j, v in found.terms.items() if j.name == k.name] for k in found.terms}),
             "load_entropy": math.fsum(entropies) / len(entropies) if entropies else None,
             "max_violation": max(violations, default=None),
@@ -211,7 +211,7 @@ class Arm:
             "step": self.step,
             "seconds": self.seconds,
             "nats": found.nats,
-            "bits_per_byte": found.bits_per_byte,
+            **_measures(found.nats, found.targets, found.text_bytes, found.metrics),
             "tokens": found.tokens,
             "best": better,
             "load_entropy": found.load_entropy,
@@ -225,7 +225,7 @@ class Arm:
                 f"state: {safe}. Lower the learning rate and start anew"
             )
         if better:
-            self.best = {n: row[n] for n in ("step", "nats", "bits_per_byte")}
+            self.best = {n: row[n] for n in ("step", "nats", "bits_per_byte") if n in row}
         if self.ranks.first:
             assert self.store is not None
             self.store.log(row)
@@ -236,18 +236,10 @@ class Arm:
 
     def _sample(self, sampled: Sampled) -> None:
         """Keep the routing of the first held-out windows, where one is due."""
-        if self.recorder is None or self.step not in sample_steps(self.config):
+        if self.recorder is None or self._shown is None or self.step not in sample_steps(self.config):
             return
-        S = self.config.seq_len
-        B = sampled.batch.tokens.shape[0]
-        columns: dict[str, Any] = {
-            "token": sampled.batch.tokens.reshape(-1),
-            "position": torch.arange(S).repeat(B),
-            "segment": torch.arange(B).repeat_interleave(S),
-        }
-        if self._columns is not None:
-            columns |= self._columns(sampled.starts)
-        self.recorder.sample(self.step, "valid", sampled.trail, columns)
+        trail, columns = self._shown(sampled)
+        self.recorder.sample(self.step, "valid", trail, columns)
 
     def save(self, best: bool) -> None:
         """Save the state, exactly as it is now. All ranks take part."""
@@ -313,6 +305,13 @@ def _by_layer(silent: list[Any]) -> dict[str, list[int]]:
     for s in silent:
         out.setdefault(s.path, []).append(s.expert)
     return out
+def _measures(nats: float, targets: int, text_bytes: float, sums: Mapping[str, float]) -> dict[str, Any]:
+    """What a row says besides nats: bits per byte of text; where targets stand for none, readings of the task."""
+    if text_bytes:
+        return {"bits_per_byte": bits_per_byte(nats, targets, text_bytes)}
+    return {"metrics": readings(sums, targets)}
+
+
 
 
 def _fresh_rng(seed: int, ranks: Ranks) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ arm's learning rate has then not yet come down; no second run is made to flatter
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .log import read_rows
 
@@ -20,7 +20,8 @@ __all__ = ["Line", "at_time", "curve", "table"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One arm in the table. Bits per byte on held-out text; None where not evaluated (yet).
+    """One arm in the table. Bits per byte on held-out text; where targets are no text, nats per target (nats,
+    best_nats, nats_at_time) and the task's metrics in their place. None where not evaluated (yet).
 
     bits_per_byte: after step `evaluated`, the last after which all arms were. best_bits_per_byte: the lowest, at
     best_step. bits_per_byte_at_time: after `time` seconds of training. seconds: training time of all steps.
@@ -40,9 +41,24 @@ class Line:
     seconds: float
     tokens_per_second: float | None
     load_entropy: float | None
+    nats: float | None = None
+    best_nats: float | None = None
+    nats_at_time: float | None = None
+    metrics: Mapping[str, float] | None = None
+
+    @property
+    def measure(self) -> Literal["bits_per_byte", "nats"]:
+        """What it was judged by."""
+        return "bits_per_byte" if self.metrics is None else "nats"
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The fields of its measure, and all others."""
+        bits, nats = (tuple(form.format(m) for form in _FORMS) for m in ("bits_per_byte", "nats"))
+        unused = (*nats, "metrics") if self.metrics is None else bits
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+
+
+_FORMS = ("{}", "best_{}", "{}_at_time")
 
 
 def curve(metrics: Path) -> list[dict[str, Any]]:
@@ -50,17 +66,17 @@ def curve(metrics: Path) -> list[dict[str, Any]]:
     return list(read_rows(metrics, "eval"))
 
 
-def at_time(evaluations: Sequence[dict[str, Any]], seconds: float) -> float | None:
-    """Bits per byte after so many seconds of training, linear between evaluations; None outside of them."""
+def at_time(evaluations: Sequence[dict[str, Any]], seconds: float, name: str = "bits_per_byte") -> float | None:
+    """What rows call `name` after so many seconds of training, linear between evaluations; None outside of them."""
     before: dict[str, Any] | None = None
     for row in evaluations:
         if row["seconds"] >= seconds:
             if row["seconds"] == seconds:
-                return row["bits_per_byte"]
+                return row[name]
             if before is None:
                 return None
             share = (seconds - before["seconds"]) / (row["seconds"] - before["seconds"])
-            return before["bits_per_byte"] + share * (row["bits_per_byte"] - before["bits_per_byte"])
+            return before[name] + share * (row[name] - before[name])
         before = row
     return None
 
@@ -75,7 +91,14 @@ def table(arms: Sequence[tuple[dict[str, Any], Path]]) -> list[Line]:
     lines: list[Line] = []
     for (about, _), rows in zip(arms, curves):
         final = next((r for r in rows if r["step"] == last), None)
-        best = min(rows, key=lambda r: r["bits_per_byte"], default=None)
+        name = "nats" if any("metrics" in r for r in rows) else "bits_per_byte"
+        best = min(rows, key=lambda r: r[name], default=None)
+        at = None if time is None else at_time(rows, time, name)
+        found = (final[name] if final else None, best[name] if best else None, at)
+        missing = dict.fromkeys(form.format("bits_per_byte") for form in _FORMS)
+        judged: dict[str, Any] = missing | {form.format(name): value for form, value in zip(_FORMS, found)}
+        if name == "nats":
+            judged["metrics"] = final["metrics"] if final else {}
         lines.append(
             Line(
                 name=about["name"],
@@ -84,14 +107,12 @@ def table(arms: Sequence[tuple[dict[str, Any], Path]]) -> list[Line]:
                 active_params=about["active_params"],
                 flops_per_token=about["flops_per_token"],
                 evaluated=last,
-                bits_per_byte=final["bits_per_byte"] if final else None,
-                best_bits_per_byte=best["bits_per_byte"] if best else None,
                 best_step=best["step"] if best else None,
                 time=time,
-                bits_per_byte_at_time=None if time is None else at_time(rows, time),
                 seconds=about["seconds"],
                 tokens_per_second=about["tokens"] / about["seconds"] if about["seconds"] else None,
                 load_entropy=final["load_entropy"] if final else None,
+                **judged,
             )
         )
     return lines

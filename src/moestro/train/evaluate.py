@@ -1,4 +1,4 @@
-"""Evaluation: the loss on a fixed set of held-out windows, and how the model routes them."""
+"""Evaluation: the loss on a fixed set of held-out sequences, and how the model routes them."""
 
 from __future__ import annotations
 
@@ -15,48 +15,65 @@ from ..core.errors import UserError
 from ..core.plan import AnyPlan
 from ..core.signals import Signals
 from ..core.trail import Trail
-from ..tasks.batches import Batch, Batches
+from ..tasks.batches import Feed
 from ..trace.metrics import load_entropy, max_violation
 from .config import TrainRun
 from .knobs import knobs_at
 from .ranks import Ranks
 from .step import autocast, signals_of
 
-__all__ = ["Evaluation", "Sampled", "evaluate"]
+__all__ = ["Evaluation", "Sampled", "bits_per_byte", "evaluate"]
 
 TOKENS = 8192  # tokens of one forward pass; no more than max(1, this // seq_len) sequences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """The first windows of this rank with their routing, probabilities included. starts: [B] places in the text."""
+    """The first sequences of this rank with their routing, probabilities included. starts: [B] places or numbers."""
 
-    batch: Batch
+    batch: Any
     starts: np.ndarray
     trail: Trail
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """nats: mean per token. bits_per_byte: of text. tokens: how many. layers: path -> readings of its load.
-
-    load_entropy, routing_entropy: means over layers, None without routed layers.
+    """nats: mean per target, without label smoothing. tokens: how many. targets, text_bytes: how many were told, and
+    the bytes that they stand for (0 where they are no text). metrics: the objective's, summed over targets. layers:
+    path -> readings of its load. load_entropy, routing_entropy: means over layers, None without routed layers.
     """
 
     nats: float
-    bits_per_byte: float
     tokens: int
+    targets: int
+    text_bytes: float
+    metrics: dict[str, float]
     layers: dict[str, dict[str, Any]]
     load_entropy: float | None
     routing_entropy: float | None
     sampled: Sampled
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of text; nan where targets are no text."""
+        return bits_per_byte(self.nats, self.targets, self.text_bytes) if self.text_bytes else math.nan
+
+    @property
+    def score(self) -> float:
+        """Bits per byte of text; where targets are no text, nats per target."""
+        return self.bits_per_byte if self.text_bytes else self.nats
+
+
+def bits_per_byte(nats: float, targets: int, text_bytes: float) -> float:
+    """nats: mean per target."""
+    return nats / math.log(2) * targets / text_bytes
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     objective: Any,
-    batches: Batches,
+    batches: Feed,
     config: TrainRun,
     ranks: Ranks,
     step: int = 0,
@@ -65,9 +82,10 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate in evaluation mode: no parameter, router state or training count changes.
 
-    Ranks take turns over the windows (rank, rank + world, ...), and their sums are added.
-    watch: called with (windows done, windows in all) of this rank. knobs: call-time values, before the last ones of the
-    run's schedules.
+    Ranks take turns over the sequences (rank, rank + world, ...), and their sums are added. What an objective compares
+    with each other (the pairs of a group) stays in one batch; sequences that fill no group are left out.
+    watch: called with (sequences done, sequences in all) of this rank. knobs: call-time values, before the last ones of
+    the run's schedules.
     """
     training = model.training
     model.eval()
@@ -76,20 +94,24 @@ def evaluate(
     windows = batches.valid_windows(config.eval_windows)
     if len(windows) < ranks.world:
         raise UserError(
-            f"the validation text gives only {len(windows)} windows of {config.seq_len} tokens for {ranks.world} "
-            "ranks; use more text, a smaller seq_len or fewer ranks"
+            f"only {len(windows)} sequences of {config.seq_len} tokens are held out for {ranks.world} ranks; give more "
+            "data, a smaller seq_len or fewer ranks"
         )
-    starts = windows[ranks.rank :: ranks.world]
+    starts, size = _grouped(windows[ranks.rank :: ranks.world], objective, config, ranks)
     nats = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    tokens, text_bytes = 0, 0.0
+    tokens, targets, text_bytes = 0, 0, 0.0
+    metrics: dict[str, Tensor] = {}
     routing: dict[str, Tensor] = {}
     sampled: Sampled | None = None
-    for first, part in _chunks(starts, max(1, TOKENS // config.seq_len)):
+    for first, part in _chunks(starts, size):
         batch = batches.valid(part, first)
         outcome = _forward(model, objective, batch.to(ranks.device), signals, ranks)
         nats += outcome.loss
-        tokens += objective.count(batch)
-        text_bytes += batch.text_bytes
+        targets += objective.count(batch)
+        tokens += batch.num_tokens
+        text_bytes += getattr(batch, "text_bytes", 0.0)
+        for name, value in outcome.metrics.items():
+            metrics[name] = metrics.get(name, 0.0) + value.double()
         for key, record in outcome.trail.items():
             if record.load is not None:
                 made = torch.cat([record.load.double(), _entropy(record.plan, ranks.device)])
@@ -99,15 +121,18 @@ def evaluate(
         if watch is not None:
             watch(first + len(part), len(starts))
     model.train(training)
-    said = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=ranks.device)
-    nats, said, *rest = ranks.add([nats, said, *(routing[path] for path in sorted(routing))])
-    count, text_bytes = said.tolist()
-    layers = {path: _reading(values) for path, values in zip(sorted(routing), rest)}
+    said = torch.tensor([tokens, targets, text_bytes], dtype=torch.float64, device=ranks.device)
+    nats, said, *rest = ranks.add([nats, said, *metrics.values(), *(routing[path] for path in sorted(routing))])
+    tokens, targets, text_bytes = said.tolist()
+    sums = {name: float(value) for name, value in zip(metrics, rest)}
+    layers = {path: _reading(values) for path, values in zip(sorted(routing), rest[len(metrics) :])}
     assert sampled is not None
     return Evaluation(
-        nats=float(nats) / count,
-        bits_per_byte=float(nats) / math.log(2) / text_bytes,
-        tokens=int(count),
+        nats=sums.get("nats", float(nats)) / targets if targets else math.nan,
+        tokens=int(tokens),
+        targets=int(targets),
+        text_bytes=text_bytes,
+        metrics={name: value for name, value in sums.items() if name != "nats"},
         layers=layers,
         load_entropy=_mean(layers, "load_entropy"),
         routing_entropy=_mean(layers, "routing_entropy"),
@@ -115,7 +140,19 @@ def evaluate(
     )
 
 
-def _forward(model: nn.Module, objective: Any, batch: Batch, signals: Signals, ranks: Ranks) -> Any:
+def _grouped(starts: np.ndarray, objective: Any, config: TrainRun, ranks: Ranks) -> tuple[np.ndarray, int]:
+    """The sequences of this rank and how many to pass at once: a multiple of what the objective compares.
+
+    `objective.together` says how many those are; 0 = all of a micro-batch, as in training.
+    """
+    size = max(1, TOKENS // config.seq_len)
+    group = getattr(objective, "together", 1) or config.micro_batch or max(1, config.batch_size // ranks.world)
+    if group == 1:
+        return starts, size
+    return starts[: len(starts) // group * group] if len(starts) >= group else starts, max(group, size // group * group)
+
+
+def _forward(model: nn.Module, objective: Any, batch: Any, signals: Signals, ranks: Ranks) -> Any:
     with autocast(ranks.device):
         return objective(model, batch, signals)
 

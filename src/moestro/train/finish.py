@@ -14,8 +14,8 @@ from ..report.page import Generated, ReportData, write
 from ..report.table import Line as Row
 from ..report.table import Table
 from ..serve.generate import generate
-from ..tasks.corpus import Corpus
-from ..tasks.tokenizer import Tokenizer
+from ..serve.translate import translate
+from ..tasks.config import Corpus, LabelledTexts, SpanQuestions, TextPairs, Translations
 from ..trace.read import read
 from .compare import Line
 from .config import TrainRun
@@ -23,18 +23,28 @@ from .layout import Layout
 from .load import load
 from .log import read_rows
 from .save import Store
+from .material import ExampleMaterial, Material, TextMaterial
+from .models import context_of
 
 __all__ = ["finish", "report_data", "report_rows", "report_table"]
 
 PROMPT, NEW = 48, 320  # tokens of the sample, as far as the context allows
 
+SENTENCES = 4  # that are translated
+
+_KINDS = {
+    Corpus: "language model",
+    Translations: "translation model",
+    LabelledTexts: "classifier of texts",
+    SpanQuestions: "model that answers questions",
+    TextPairs: "model of text embeddings",
+}
 
 def finish(
     config: TrainRun,
     stores: Mapping[Path, Store],
     lines: Sequence[Line],
-    tokenizer: Tokenizer,
-    corpus: Corpus,
+    material: Material,
     command: str,
     say: Callable[[str], None],
 ) -> None:
@@ -45,8 +55,8 @@ def finish(
     main.put({"summary.json": {"table": [line.to_dict() for line in lines]}})
     main.commit(complete=True)
     if config.report:
-        samples = list(_samples([line.name for line in lines], main.layout, tokenizer, corpus, say))
-        data = report_data(config, main.layout, lines, corpus, samples, command)
+        samples = list(_samples([line.name for line in lines], main.layout, material, say))
+        data = report_data(config, main.layout, lines, material, samples, command)
         write(main.layout.report, data)
         main.put({"report.html": None})
         main.commit(complete=True)
@@ -56,20 +66,17 @@ def report_data(
     config: TrainRun,
     layout: Layout,
     lines: Sequence[Line],
-    corpus: Corpus,
+    material: Material,
     samples: Sequence[Generated] = (),
     command: str = "",
 ) -> ReportData:
     """What the report shows of a run, read from its folder."""
     from ..core.version import __version__
 
-    record = corpus.record
-    text = record["splits"]
-    skipped = ", ".join(f"{n} {reason}" for reason, n in record["skipped"].items() if n)
+    kind = next(name for base, name in _KINDS.items() if isinstance(config.data, base))
     return ReportData(
-        title="A sparse language model and its dense twin" if config.twin else "A language model",
-        lead=f"{record['title']}: {len(record['files'])} files, {text['train']['bytes'] / 1e6:.1f} MB to learn from, "
-        f"{text['valid']['bytes'] / 1e6:.2f} MB held out{f'; left out: {skipped}' if skipped else ''}.",
+        title=f"A sparse {kind} and its dense twin" if config.twin else f"A {kind}",
+        lead=material.lead(),
         metrics=[row for line in lines for row in report_rows(line.name, layout.of(line.name).metrics)],
         trace=read(layout.trace) if layout.trace.is_file() else None,
         comparison=report_table(lines),
@@ -81,7 +88,7 @@ def report_data(
             "machine": platform.platform(),
             "threads": torch.get_num_threads(),
             "seed": config.seed,
-            "text": corpus.key,
+            "text" if isinstance(config.data, Corpus) else "data": material.key,
         },
         samples=samples,
         command=command,
@@ -98,7 +105,7 @@ def report_rows(name: str, metrics: Path) -> Iterator[dict[str, Any]]:
                 "split": "train" if row["kind"] == "step" else "valid",
                 "step": row["step"],
                 "seconds": row["seconds"],
-                "bpb": row["bits_per_byte"],
+                **({"bpb": row["bits_per_byte"]} if "bits_per_byte" in row else {"nats": row["nats"]}),
                 "tokens_per_s": row.get("tokens_per_second"),
                 "load_entropy": row["load_entropy"],
                 "routing_entropy": {path: layer["routing_entropy"] for path, layer in row.get("layers", {}).items()},
@@ -109,8 +116,8 @@ def report_table(lines: Sequence[Line]) -> Table:
     """The final table, turned: a row per quantity, a column per model."""
     # quantity, unit, field, better, digits (None = with k, M, G)
     wanted: list[tuple[str, str, str, Any, int | None]] = [
-        ("validation, equal steps", "bits per byte", "bits_per_byte", "lower", 4),
-        ("validation, equal training time", "bits per byte", "bits_per_byte_at_time", "lower", 4),
+        ("validation, equal steps", unit, measure, "lower", 4),
+        ("validation, equal training time", unit, f"{measure}_at_time", "lower", 4),
         ("parameters", "", "params", "", None),
         ("active parameters", "", "active_params", "", None),
         ("compute", "forward FLOPs / token", "flops_per_token", "", None),
@@ -123,24 +130,38 @@ def report_table(lines: Sequence[Line]) -> Table:
     if lines and lines[0].time is not None:
         notes.append(f"equal training time: after {lines[0].time:.0f} s of steps, read off the same two runs")
     return Table(
+    measure = lines[0].measure if lines else "bits_per_byte"
+    unit = {"bits_per_byte": "bits per byte", "nats": "nats per target"}[measure]
         title=" and ".join(line.name for line in lines),
         models=tuple(line.name for line in lines),
-        lines=tuple(
-            Row(quantity=q, unit=u, values=tuple(getattr(line, f) for line in lines), better=b, digits=d)
-            for q, u, f, b, d in wanted
-        ),
+        lines=tuple(made),
         notes=tuple(notes),
     )
 
+    made = [
+        Row(quantity=q, unit=u, values=tuple(getattr(line, f) for line in lines), better=b, digits=d)
+        for q, u, f, b, d in wanted
+    ]
+    for i, name in enumerate(lines[0].metrics or () if lines else ()):
+        values = tuple((line.metrics or {}).get(name) for line in lines)
+        better = "higher" if name == "accuracy" else ""
+        made.insert(2 + i, Row(quantity=f"validation {name}, equal steps", values=values, better=better))
 
 def _samples(
-    names: Sequence[str], layout: Layout, tokenizer: Tokenizer, corpus: Corpus, say: Callable[[str], None]
+    names: Sequence[str], layout: Layout, material: Material, say: Callable[[str], None]
 ) -> Iterator[Generated]:
-    """A continuation of the beginning of the held-out text, by the best weights of every model."""
+    """A continuation of the beginning of the held-out text, or translations of the first held-out sentences, by the
+    best weights of every model; nothing for other tasks."""
+    if isinstance(material, ExampleMaterial):
+        if isinstance(material.prepared.config, Translations):
+            yield from _translated(names, layout, material)
+        return
+    assert isinstance(material, TextMaterial)
+    tokenizer = material.tokenizer
     for name in names:
         loaded = load(layout.of(name).root)
-        context = loaded.config.model.context
-        prompt = [int(i) for i in corpus.valid[: min(PROMPT, context // 2)]]
+        context = context_of(loaded.config.model)
+        prompt = [int(i) for i in material.corpus.valid[: min(PROMPT, context // 2)]]
         try:
             made = generate(
                 loaded.model,
@@ -154,3 +175,15 @@ def _samples(
             say(f"{name}: no sample was generated ({error})")
             continue
         yield Generated(model=name, prompt=tokenizer.decode(prompt), text=tokenizer.decode(made.tokens.tolist()))
+
+
+def _translated(names: Sequence[str], layout: Layout, material: ExampleMaterial) -> Iterator[Generated]:
+    vocabulary = material.prepared.vocabulary
+    for name in names:
+        loaded = load(layout.of(name).root)
+        most = loaded.config.seq_len
+        for example in material.prepared.data.valid[:SENTENCES]:
+            source = [*vocabulary.encode(example.source)[: most - 1], vocabulary.eos]
+            made = translate(loaded.model, source, most - 1, stop=[vocabulary.eos])  # type: ignore[arg-type]
+            said = vocabulary.decode(made.tokens.tolist())  # type: ignore[union-attr]
+            yield Generated(model=name, prompt=f"{example.source}\n", text=said)

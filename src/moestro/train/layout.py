@@ -1,8 +1,9 @@
 """What lies where in a run folder.
 
     config.json            the TrainRun, as `TrainRun.from_dict` reads it
-    corpus.json            the text: every file with its SHA-256, the split, what was left out, sizes
-    tokenizer.json         the tokenizer, as `tasks.tokenizer.read_tokenizer` reads it
+    corpus.json            the text: every file with its SHA-256, the split, what was left out, sizes; or the examples
+    tokenizer.json         the tokenizer, as `tasks.tokenizer.read_tokenizer` reads it; of examples their vocabulary,
+                           as `tasks.vocabulary_file.read_vocabulary` does
     metrics.jsonl          one JSON object per line, see below
     model.safetensors      the parameters (and router state) that were best in validation
     state/step-00000100/   the last state, complete: model.safetensors, optimizer.safetensors, rng.safetensors,
@@ -26,6 +27,8 @@ evaluation and saving:
      layers: {path: {load: [E], load_entropy, max_violation, routing_entropy}}}
     {"kind": "starved", step, path, experts: [..]}    experts without a token for long
 loss = nats + sum of coefficient * balance loss, in nats per token. load_entropy: entropy of the shares of choices that
+Runs on examples have `metrics` (accuracy and the like, by name) in place of bits_per_byte, and `targets` in place of
+text_bytes. Nats are per target (token, class, span, pair); those of evaluations are without label smoothing.
 the experts get, divided by log E: 1 = even, mean over layers. routing_entropy: mean entropy of the routers'
 distributions in nats. max_violation: largest load over the mean load, minus 1.
 """

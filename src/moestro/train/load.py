@@ -11,8 +11,10 @@ from torch import nn
 
 from ..core.errors import UserError
 from ..tasks.tokenizer import Tokenizer
+from ..tasks.config import Examples
 from ..tasks.tokenizer_file import read_tokenizer
 from . import manifest as manifests
+from ..tasks.vocabulary_file import VocabularyTokenizer, read_vocabulary
 from .config import TrainRun
 from .files import read_json, read_tensors
 from .layout import Layout
@@ -24,7 +26,8 @@ __all__ = ["Loaded", "load"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A trained run. model: in evaluation mode. corpus: the content of `corpus.json`. step: of the last state."""
+    """A trained run. model: in evaluation mode. tokenizer: of examples, their vocabulary as one (`.vocabulary`).
+    corpus: the content of `corpus.json`. step: of the last state."""
 
     folder: Path
     config: TrainRun
@@ -62,7 +65,13 @@ def load(folder: str | Path, *, state: Literal["best", "last"] = "best", device:
         folder=root,
         config=config,
         model=model,
-        tokenizer=read_tokenizer(layout.tokenizer),
+        tokenizer=_tokenizer(config, layout),
         corpus=read_json(layout.corpus),
         step=manifest.step,
     )
+
+
+def _tokenizer(config: TrainRun, layout: Layout) -> Tokenizer:
+    if isinstance(config.data, Examples):
+        return VocabularyTokenizer(read_vocabulary(layout.tokenizer))
+    return read_tokenizer(layout.tokenizer)

@@ -13,14 +13,6 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
-from ..tasks.batches import Batches
-from ..tasks.config import Corpus as CorpusConfig
-from ..tasks.config import Text
-from ..tasks.corpus import Corpus, cache_folder, open_corpus, prepare, skipped_line, writable
-from ..tasks.labelling import Labels
-from ..tasks.source import Source
-from ..tasks.tokenizer import Tokenizer
-from ..tasks.tokenizer_file import read_tokenizer
 from ..trace.record import Recorder
 from . import manifest as manifests
 from . import settings
@@ -28,7 +20,9 @@ from .arm import Arm
 from .compare import Line, table
 from .config import TrainRun
 from .files import read_json
-from .layout import Layout, claim, is_run
+from .layout import Layout, claim
+from .material import Seen, open_material
+from .models import is_routed
 from .observe import Observer, Several
 from .ranks import Ranks, joined
 from .save import Store, read_state
@@ -102,8 +96,8 @@ class _Run:
         self.layout, self.ranks, self.observer, self.command = layout, ranks, observer, command
         recorded = _recorded(layout.root) if resume and layout.manifest.is_file() else None
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
-        self.tokenizer, self.corpus = self._text(config, recorded)
-        model = config.model.replace(vocab_size=_vocabulary(config, self.tokenizer), seed=config.seed)
+        self.material = open_material(config, recorded, layout, ranks, observer.on_message)
+        model = self.material.fill(config)
         self.config = config.replace(model=model)
         if recorded is not None:
             found = settings.check(recorded, self.config, manifests.read(layout.root).step)
@@ -129,7 +123,7 @@ class _Run:
         lines = self._lines(arms)
         say = self.observer.on_message
         self.ranks.together(
-            lambda: finish(self.config, self.stores, lines, self.tokenizer, self.corpus, self.command, say)
+            lambda: finish(self.config, self.stores, lines, self.material, self.command, say)
         )
         return self._result(arms, True)
 
@@ -158,18 +152,18 @@ class _Run:
                 layout.root.mkdir(parents=True, exist_ok=True)
                 self.stores[layout.root] = Store(layout)
             store = self.stores[layout.root]
-            texts = {"config.json": config.to_dict(), "corpus.json": self.corpus.record}
-            store.put({**texts, "tokenizer.json": json.loads(self.tokenizer.to_json())})
+            texts = {"config.json": config.to_dict(), "corpus.json": self.material.record}
+            store.put({**texts, "tokenizer.json": json.loads(self.material.tokenizer.to_json())})
             store.commit(complete=store.complete and store.step >= config.steps)
 
     def _arm(self, name: str, config: TrainRun, layout: Layout) -> Arm:
-        labels = Labels(self.corpus, self.tokenizer, config.seq_len)
+        seen = self.material.seen(config.seq_len)
         store = self.stores.get(layout.root)
         recorder = None
-        if store is not None and "moe" in config.model.kinds():
-            recorder = self._recorder(config, store, labels)
-        batches = Batches(self.corpus, config.seq_len, config.seed)
-        arm = Arm(name, config, batches, self.ranks, store, self.observer, recorder, labels)
+        if store is not None and is_routed(config.model):
+            recorder = self._recorder(config, store, seen)
+        feed = self.material.feed(config)
+        arm = Arm(name, config, feed, self.ranks, store, self.observer, recorder, seen)
         saved = read_state(layout.root, manifests.read(layout.root))
         if saved is not None:
             arm.restore(saved, layout.states)
@@ -177,14 +171,14 @@ class _Run:
             start(arm.model, config.start)
         return arm
 
-    def _recorder(self, config: TrainRun, store: Store, labels: Labels) -> Recorder:
-        pieces = None if self.tokenizer.vocab_size == 256 else lambda i: self.tokenizer.decode([i])
+    def _recorder(self, config: TrainRun, store: Store, seen: Seen) -> Recorder:
+        pieces = self.material.pieces
         before = store.state_file("trace.safetensors")
         if before is not None:
             return Recorder.resume(before, config.recording, pieces=pieces)
         return Recorder(
             config.recording,
-            labels=labels.names,
+            labels=seen.labels,
             tokenizer="bytes" if pieces is None else "tokenizer.json",
             pieces=pieces,
             run={
@@ -194,16 +188,14 @@ class _Run:
                 "seq_len": config.seq_len,
             },
             model=config.model.to_dict(),
-            data={"title": self.corpus.record["title"], "key": self.corpus.key},
+            data={"title": self.material.record["title"], "key": self.material.key},
         )
 
     def _announce(self, arms: list[Arm]) -> None:
         if self.ranks.first:
-            record = self.corpus.record
-            skipped = skipped_line(record["skipped"])
-            if skipped:
-                self.observer.on_message(f"{record['title']}: {len(record['files'])} files; left out: {skipped}")
-            self.observer.on_start([arm.about() for arm in arms], record)
+            if self.material.note():
+                self.observer.on_message(self.material.note())
+            self.observer.on_start([arm.about() for arm in arms], self.material.record)
 
     def _lines(self, arms: list[Arm]) -> list[Line]:
         """The table; empty on ranks that write no metrics."""
@@ -224,50 +216,9 @@ class _Run:
             self.observer.on_end(result)
         return result
 
-    # Text ---------------------------------------------------------------------------------------------------------
-
-    def _text(self, config: TrainRun, recorded: TrainRun | None) -> tuple[Tokenizer, Corpus]:
-        """The tokenizer and the tokenised text; of a resumed run, the same text as before."""
-        data, before = config.data, recorded.data if recorded is not None else None
-        kept = before is not None and data.tokenizer == before.tokenizer
-        tokenizer = read_tokenizer(self.layout.tokenizer if kept else data.tokenizer)
-        key = read_json(self.layout.corpus)["key"] if before is not None else None
-
-        def work() -> Corpus:
-            folder = cache_folder(data.cache)
-            if not data.cache and not writable(folder):
-                folder = self.layout / "text"
-            if key is not None and data == before:
-                with contextlib.suppress(UserError):
-                    return open_corpus(folder, key)
-            made = prepare(self._source(data), tokenizer, folder, self.observer.on_message)
-            if key is not None and made.key != key:
-                raise UserError(
-                    f"resume: the text of {made.record['title']} is not the one that this run began with; restore it, "
-                    "or start a new run in another folder"
-                )
-            return made
-
-        return tokenizer, self.ranks.by_machine(work)
-
-    def _source(self, data: CorpusConfig) -> Source:
-        return data.build(leave_out=is_run) if isinstance(data, Text) else data.build()
-
 
 def _recorded(root: Path) -> TrainRun:
     return TrainRun.from_dict(read_json(root / "config.json"), where=str(root / "config.json"))
-
-
-def _vocabulary(config: TrainRun, tokenizer: Tokenizer) -> int:
-    """The tokenizer's, or that of the weights to begin with, which may have more places than it uses."""
-    if not config.start:
-        return tokenizer.vocab_size
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"start: the tokenizer has {tokenizer.vocab_size} ids, the model of {config.start} embeds "
-            f"{config.model.vocab_size}; train with the tokenizer of that model"
-        )
-    return config.model.vocab_size
 
 
 def _default(name: str) -> Path:

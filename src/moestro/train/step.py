@@ -27,7 +27,7 @@ from ..core.signals import Signals
 from ..core.stats import Stats
 from ..core.trail import Key, Record, TermKey, Trail, add_stats
 from ..optim.touched import settle
-from ..tasks.batches import Batch, Batches
+from ..tasks.batches import Feed
 from .config import TrainRun
 from .knobs import knobs_at
 from .ranks import Ranks
@@ -41,16 +41,19 @@ __all__ = ["Gradient", "Gradients", "autocast", "signals_of"]
 class Gradient:
     """What one step's forward and backward passes gave, over the whole global batch; gradients lie in the parameters.
 
-    nats: mean over targets. loss: nats and weighted terms. terms: values, as they joined the loss. counts: layer path
-    -> [E] int64 demand over passes, micro-batches and ranks. routing: the trail of the whole batch, with counts and
-    pooled statistics and, in place of plans, ones that say only how many units there were. stop: whether any rank was
-    asked to stop.
+    nats: mean over targets. loss: nats and weighted terms. tokens: of all sequences. text_bytes: that targets stand
+    for, 0 where they are no text. metrics: the objective's, summed. terms: values, as they joined the loss. counts:
+    layer path -> [E] int64 demand over passes, micro-batches and ranks. routing: the trail of the whole batch, with
+    counts and pooled statistics and, in place of plans, ones that say only how many units there were. stop: whether any
+    rank was asked to stop.
     """
 
     loss: float
     nats: float
     targets: int
+    tokens: int
     text_bytes: float
+    metrics: dict[str, float]
     terms: dict[TermKey, float]
     counts: dict[str, Tensor]
     routing: Trail
@@ -75,7 +78,9 @@ class _Sums:
     """What adds up over the micro-batches of this rank."""
 
     nats: Tensor
+    tokens: int = 0
     text_bytes: float = 0.0
+    metrics: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     terms: dict[TermKey, Tensor] = dataclasses.field(default_factory=dict)
     counts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     load: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -94,7 +99,7 @@ class _Sums:
 class Gradients:
     """Runs steps up to their gradients, summed over ranks and micro-batches."""
 
-    def __init__(self, model: nn.Module, objective: Any, batches: Batches, config: TrainRun, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, objective: Any, batches: Feed, config: TrainRun, ranks: Ranks) -> None:
         self.model, self.objective, self.batches, self.config, self.ranks = model, objective, batches, config, ranks
         self.reach = Reach(model)
         self.pooled = config.balance_over == "batch" and bool(declared(model))
@@ -123,7 +128,10 @@ class Gradients:
                 ahead.append(_detached(outcome.trail))
             (outcome.loss / number + extra).backward()
             sums.nats += outcome.loss.detach()
-            sums.text_bytes += batch.text_bytes
+            sums.tokens += batch.num_tokens
+            sums.text_bytes += getattr(batch, "text_bytes", 0.0)
+            for name, value in outcome.metrics.items():
+                sums.metrics[name] = sums.metrics.get(name, 0.0) + value.detach().double()
             sums.note(outcome.trail)
         if not self.pooled:
             totals, _ = pool(self.ranks, add_stats(ahead), [])
@@ -132,12 +140,12 @@ class Gradients:
         self.ranks.add_gradients(self.parameters)
         return found
 
-    def _ahead(self, local: list[Batch], signals: Signals) -> list[dict[TermKey, Stats]]:
+    def _ahead(self, local: list[Any], signals: Signals) -> list[dict[TermKey, Stats]]:
         """Statistics of all micro-batches but the first, without gradient."""
         with torch.no_grad():
             return [_detached(self._forward(batch, signals).trail) for batch in local[1:]]
 
-    def _forward(self, batch: Batch, signals: Signals) -> Any:
+    def _forward(self, batch: Any, signals: Signals) -> Any:
         with autocast(self.ranks.device):
             return self.objective(self.model, batch.to(self.ranks.device), signals)
 
@@ -150,22 +158,29 @@ class Gradients:
 
     def _over_ranks(self, sums: _Sums, totals: dict[TermKey, Stats], number: Tensor, stop: Stop) -> Gradient:
         """Sums over ranks in one message, then numbers brought over from the device in another."""
-        said = torch.tensor([float(stop.requested), sums.text_bytes], dtype=torch.float64, device=self.ranks.device)
+        own = [float(stop.requested), sums.tokens, sums.text_bytes]
+        said = torch.tensor(own, dtype=torch.float64, device=self.ranks.device)
         terms = {} if self.pooled else sums.terms
-        sent = [sums.nats, said, *sums.units.values(), *sums.counts.values(), *sums.load.values(), *terms.values()]
-        nats, said, *rest = self.ranks.add(sent)
+        named = (sums.units, sums.counts, sums.load, sums.metrics)
+        sent = [t for part in named for t in part.values()]
+        nats, said, *rest = self.ranks.add([sums.nats, said, *sent, *terms.values()])
         left = iter(rest)
-        units, counts, load = (dict(zip(part, left)) for part in (sums.units, sums.counts, sums.load))
+        units, counts, load, metrics = (dict(zip(part, left)) for part in named)
         values = sums.terms if self.pooled else dict(zip(terms, left))
-        numbers = torch.stack([v.double() for v in (nats / number, number, *said, *units.values(), *values.values())])
-        mean, targets, stopping, text_bytes, *more = numbers.tolist()
-        met, read = dict(zip(units, map(int, more))), dict(zip(values, more[len(units) :]))
+        both = (*units.values(), *metrics.values(), *values.values())
+        numbers = torch.stack([v.double() for v in (nats / number, number, *said, *both)])
+        mean, targets, stopping, tokens, text_bytes, *more = numbers.tolist()
+        numbers = iter(more)
+        met = {path: int(n) for path, n in zip(units, numbers)}
+        told, read = dict(zip(metrics, numbers)), dict(zip(values, numbers))
         weights = {key: term.loss.coefficient for key, term in sums.last.terms().items()}
         return Gradient(
             loss=mean + math.fsum(weights[key] * value for key, value in read.items()),
             nats=mean,
             targets=int(targets),
+            tokens=int(tokens),
             text_bytes=text_bytes,
+            metrics=told,
             terms=read,
             counts=counts,
             routing=_pooled(sums.last, met, counts, load, totals),

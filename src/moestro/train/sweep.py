@@ -12,7 +12,7 @@ from ..core.config import Config
 from ..core.errors import UserError
 from ..routers.config import Limit, Mix, Router, Select
 from ..routers.router import StepRouter
-from ..tasks.batches import Batches
+from ..tasks.batches import Feed
 from .config import TrainRun
 from .evaluate import Evaluation, evaluate
 from .knobs import Knob
@@ -56,7 +56,7 @@ def check_values(name: str, values: Sequence[float], routers: dict[str, StepRout
 def evaluate_over(
     model: nn.Module,
     objective: Any,
-    batches: Batches,
+    batches: Feed,
     config: TrainRun,
     values: Sequence[float],
     name: str = "top_k",
@@ -75,15 +75,16 @@ def evaluate_over(
 
 def validate_over(
     loaded: Loaded,
-    batches: Batches,
+    batches: Feed,
     values: Sequence[float],
     name: str = "top_k",
     watch: Callable[[int, int], None] | None = None,
 ) -> dict[float, float]:
-    """Bits per byte of a run's model on its validation windows with each value of one knob (see `held_out`)."""
+    """Bits per byte of a run's model on its validation windows with each value of one knob (see `held_out`); of
+    examples, nats per target."""
     config = loaded.config
     found = evaluate_over(loaded.model, config.objective.build(), batches, config, values, name, watch=watch)
-    return {value: one.bits_per_byte for value, one in found.items()}
+    return {value: one.score for value, one in found.items()}
 
 
 def _reads(config: Any, name: str) -> bool:

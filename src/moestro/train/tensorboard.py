@@ -10,7 +10,7 @@ from .observe import Arm, Observer, StepInfo
 
 __all__ = ["TensorBoard", "installed"]
 
-_SHOWN = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second", "load_entropy", "max_violation")
+_SHOWN = ("loss", "bits_per_byte", "nats", "grad_norm", "lr", "tokens_per_second", "load_entropy", "max_violation")
 
 
 def installed() -> bool:
@@ -35,17 +35,22 @@ class TensorBoard(Observer):
 
     def on_step(self, info: StepInfo) -> None:
         writer = self._writers[info.arm]
-        for name in _SHOWN:
-            if info.row[name] is not None:
-                writer.add_scalar(f"train/{name}", info.row[name], info.step)
+        for name, value in _scalars(info.row, _SHOWN).items():
+            writer.add_scalar(f"train/{name}", value, info.step)
         for name, value in info.row["terms"].items():
             writer.add_scalar(f"terms/{name}", value, info.step)
 
     def on_eval(self, arm: str, row: Mapping[str, Any]) -> None:
-        for name in ("bits_per_byte", "load_entropy", "routing_entropy"):
-            if row[name] is not None:
-                self._writers[arm].add_scalar(f"validation/{name}", row[name], row["step"])
+        for name, value in _scalars(row, ("bits_per_byte", "nats", "load_entropy", "routing_entropy")).items():
+            self._writers[arm].add_scalar(f"validation/{name}", value, row["step"])
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+
+
+def _scalars(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Those of a row that there are; nats and the task's metrics in place of bits per byte where there are none."""
+    left_out = ("nats",) if "bits_per_byte" in row else ()
+    found = {name: row[name] for name in names if row.get(name) is not None and name not in left_out}
+    return found | dict(row.get("metrics", {}))

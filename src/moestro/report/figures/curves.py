@@ -1,4 +1,4 @@
-"""Curves of training: bits per byte against steps and against the seconds spent on them."""
+"""Curves of training: bits per byte, or nats, against steps and against the seconds spent on them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ def runs_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 
 
 def bits_per_byte(rows: Sequence[Mapping[str, Any]], against: str = "step", name: str = "bpb") -> Picture | None:
-    """Training (thin) and validation (thick, dotted) bits per byte against "step" or "seconds"; None without data."""
+    """Training (thin) and validation (thick, dotted) bits per byte against "step" or "seconds"; None without data.
+    Rows without bits per byte (`bpb`) anywhere: nats per target (`nats`)."""
+    field = "bpb" if any(_number(row.get("bpb")) for row in rows) else "nats"
+    unit = {"bpb": "bits per byte", "nats": "nats per target"}[field]
     curves: list[tuple[str, str, list[tuple[float, float]]]] = []
     for run, group in runs_of(rows).items():
         for split in ("train", "valid"):
             points = [
-                (float(row[against]), float(row["bpb"]))
+                (float(row[against]), float(row[field]))
                 for row in group
-                if row.get("split") == split and _number(row.get(against)) and _number(row.get("bpb"))
+                if row.get("split") == split and _number(row.get(against)) and _number(row.get(field))
             ]
             if points:
                 curves.append((run, split, points))
     if not curves:
         return None
     colours = {run: series_colour(i) for i, run in enumerate(dict.fromkeys(run for run, _, _ in curves))}
-    title = f"Bits per byte against {'steps' if against == 'step' else 'training time'}"
+    title = f"{unit.capitalize()} against {'steps' if against == 'step' else 'training time'}"
     with canvas(5.1, 3.1) as figure:
         axes = figure.subplots()
         for run, split, points in curves:
@@ -52,18 +55,20 @@ def bits_per_byte(rows: Sequence[Mapping[str, Any]], against: str = "step", name
                 axes.plot(x, y, color=colours[run], marker="o", markersize=size, label=f"{clip(run)}, validation")
         _limits(axes, [y for _, _, points in curves for _, y in points])
         axes.set_xlabel(_AXES[against])
-        axes.set_ylabel("bits per byte")
+        axes.set_ylabel(unit)
         axes.set_xlim(left=0)
         axes.legend(ncols=1, loc="upper right")
         drawn = svg(figure, title, name + "-")
     table = [(run, split, *point) for run, split, points in curves for point in thin(points, 200)]
     return Picture(
         title=title,
-        caption="Thick, with dots: validation on held-out text, all models on the same bytes. Thin: training batches, "
+        caption="Thick, with dots: validation on held-out "
+        f"{'text, all models on the same bytes' if field == 'bpb' else 'examples, the same for all models'}. "
+        "Thin: training batches, "
         "pale as measured and darker as a running mean. The vertical axis leaves out the first steps. Lower is better.",
         svg=drawn,
         width=510,
-        columns=("run", "split", _AXES[against], "bits per byte"),
+        columns=("run", "split", _AXES[against], unit),
         rows=table,
     )
 

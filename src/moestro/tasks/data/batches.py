@@ -45,6 +45,12 @@ def moved(batch: M, device: torch.device) -> M:
 
 
 class _Movable:
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has, without padding."""
+        masks = [f.name for f in dataclasses.fields(self) if f.name.endswith("valid")]  # type: ignore[arg-type]
+        return sum(int(getattr(self, name).sum()) for name in masks)
+
     def to(self, device: torch.device) -> Self:
         return moved(self, device)
 
@@ -147,17 +153,29 @@ class Collate(Protocol):
 
 
 class ExampleBatches:
-    """Batches of a list of examples. Raises `UserError` where there are none."""
+    """Batches of a list of examples. Raises `UserError` where there are none.
 
-    def __init__(self, examples: Sequence[Any], collate: Any, seed: int = 0) -> None:
+    pool: so many batches are drawn together and dealt by length, so that less of them is padding; which of them comes
+    first is drawn too.
+    """
+
+    def __init__(self, examples: Sequence[Any], collate: Any, seed: int = 0, pool: int = 1) -> None:
         if not examples:
             raise UserError("no examples to make batches of; is this split empty?")
-        self.examples, self.collate, self.seed = examples, collate, seed
+        if pool < 1:
+            raise UserError(f"pool must be at least 1 batch, found {pool}")
+        self.examples, self.collate, self.seed, self.pool = examples, collate, seed, pool
         self._encoded: dict[int, Any] = {}
 
     def numbers(self, step: int, size: int) -> np.ndarray:
         """[size] int64: which examples the global batch of this step holds."""
-        return epoch_order(len(self.examples), self.seed, step, size)
+        turn, place = divmod(step, self.pool)
+        found = epoch_order(len(self.examples), self.seed, turn, size * self.pool)
+        if self.pool == 1:
+            return found
+        lengths = np.asarray([_length(self._one(int(i))) for i in found])
+        batch = int(epoch_order(self.pool, self.seed + 1, turn, self.pool)[place])
+        return found[np.argsort(lengths, kind="stable")].reshape(self.pool, size)[batch]
 
     def train(self, step: int, size: int, start: int = 0, stop: int | None = None) -> Any:
         """Examples start..stop of the global batch of `size` examples of this step."""
@@ -168,13 +186,24 @@ class ExampleBatches:
         count = len(self.examples) if limit is None else min(limit, len(self.examples))
         for first in range(0, count, size):
             numbers = np.arange(first, min(first + size, count))
-            yield numbers, self._made(numbers, slice(0, len(numbers)))
+            yield numbers, self.of(numbers)
+
+    def of(self, numbers: np.ndarray) -> Any:
+        """The batch of these examples."""
+        return self._made(numbers, slice(0, len(numbers)))
 
     def _made(self, numbers: np.ndarray, rows: slice) -> Any:
-        for i in map(int, numbers):
-            if i not in self._encoded:
-                self._encoded[i] = self.collate.encode(self.examples[i])
-        return self.collate.pad([self._encoded[int(i)] for i in numbers], rows)
+        return self.collate.pad([self._one(int(i)) for i in numbers], rows)
+
+    def _one(self, number: int) -> Any:
+        if number not in self._encoded:
+            self._encoded[number] = self.collate.encode(self.examples[number])
+        return self._encoded[number]
+
+
+def _length(encoded: Any) -> int:
+    """Tokens of an encoded example: of its lists of ids."""
+    return sum(len(part) for part in encoded if isinstance(part, list))
 
 
 def epoch_order(n: int, seed: int, step: int, size: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ...core.errors import UserError
 from ...core.folders import data_root
@@ -36,9 +36,21 @@ class PairTexts(TextVocabulary):
             data = text.encode("utf-8", "replace")
             digest.update(len(data).to_bytes(8, "little") + data)
         path = data_root(config.cache) / "tokenizers" / f"{digest.hexdigest()[:32]}.json"
-        self._inner = _stored(path, names) or _learn(config, texts, names, path)
-        said = self._inner.to_str()
-        super().__init__(names, 0, self._inner.get_vocab_size(with_added_tokens=True), said)
+        self._set(names, _stored(path, names) or _learn(config, texts, names, path))
+
+    def _set(self, names: Sequence[str], inner: Any) -> None:
+        self._inner = inner
+        super().__init__(names, 0, inner.get_vocab_size(with_added_tokens=True), inner.to_str())
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """The vocabulary that `to_json` gave the text of. Raises `ValueError` for another text."""
+        added = sorted((entry["id"], entry["content"]) for entry in json.loads(text)["added_tokens"])
+        inner = _package().Tokenizer.from_str(text)
+        inner.encode_special_tokens = True
+        made = cls.__new__(cls)
+        made._set([name for _, name in added], inner)
+        return made
 
     def placed(self, text: str) -> Placed:
         made = self._inner.encode(text, add_special_tokens=False)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ...core.errors import UserError
 from .config import ByteVocabulary, WordVocabulary
@@ -57,6 +57,13 @@ class TextVocabulary:
         """The text of ids; special tokens and ids beyond the vocabulary are left out."""
         raise NotImplementedError
 
+    def to_json(self) -> str:
+        """What `tasks.vocabulary_file.read_vocabulary` makes the vocabulary from again."""
+        raise NotImplementedError
+
+    def _json(self, kind: str, **values: Any) -> str:
+        return json.dumps({"moestro": kind, "specials": self.specials, **values}, ensure_ascii=False) + "\n"
+
 
 class ByteTexts(TextVocabulary):
     """Ids 0 to 255 are bytes of UTF-8, special tokens follow. Every byte of a character has the character's place."""
@@ -80,6 +87,9 @@ class ByteTexts(TextVocabulary):
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", "replace")
 
+    def to_json(self) -> str:
+        return self._json("bytes of examples")
+
 
 class WordTexts(TextVocabulary):
     """Special tokens first, then the most frequent words of `texts` (ties: in alphabetical order), blanks between."""
@@ -91,9 +101,23 @@ class WordTexts(TextVocabulary):
         for text in texts:
             counts.update(self._said(text, place) for place in split_words(text))
         ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        self.words = tuple(ranked[: max(0, config.size - len(names))])
+        self._set(names, ranked[: max(0, config.size - len(names))])
+
+    def _set(self, names: Sequence[str], words: Sequence[str]) -> None:
+        self.words = tuple(words)
         self._number = {word: len(names) + i for i, word in enumerate(self.words)}
         super().__init__(names, 0, len(names) + len(self.words), [self.words, self.lower])
+
+    @classmethod
+    def of(cls, words: Sequence[str], lower: bool, names: Sequence[str]) -> Self:
+        """The vocabulary of these words, in this order. names: of all special tokens."""
+        made = cls.__new__(cls)
+        made.lower = lower
+        made._set(names, words)
+        return made
+
+    def to_json(self) -> str:
+        return self._json("words of examples", words=self.words, lower=self.lower)
 
     def placed(self, text: str) -> Placed:
         places = split_words(text)
