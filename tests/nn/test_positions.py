@@ -12,7 +12,7 @@ from moestro.nn import Learned, PlainFeedForward, Sinusoidal
 from moestro.testing.compare import assert_close
 
 
-@pytest.mark.parametrize("config", [Learned(), Sinusoidal()])
+@pytest.mark.parametrize("config", [Learned(), Sinusoidal(), Sinusoidal(endpoint=True, first=2)])
 def test_whole_parts_and_given_positions_agree(config: Learned | Sinusoidal) -> None:
     m = config.build(8, 10)
     h = torch.randn(2, 6, 8)
@@ -34,6 +34,19 @@ def test_sinusoids_by_hand() -> None:
             assert y[place, 3 + i] == pytest.approx(math.cos(angle), abs=1e-6)
     with pytest.raises(UserError, match="must be even"):
         Sinusoidal().build(5, 4)
+
+
+def test_sinusoids_of_fairseq_by_hand() -> None:
+    """The last of the D/2 wavelengths is 2 pi base, and positions begin behind the padding token."""
+    y = Sinusoidal(base=100.0, endpoint=True, first=2).build(6, 4)(torch.zeros(1, 4, 6))[0]
+    for place in range(4):
+        for i, rate in enumerate((1.0, 0.1, 0.01)):
+            assert y[place, i] == pytest.approx(math.sin((place + 2) * rate), abs=1e-6)
+            assert y[place, 3 + i] == pytest.approx(math.cos((place + 2) * rate), abs=1e-6)
+    with pytest.raises(UserError, match="with endpoint at least 4"):
+        Sinusoidal(endpoint=True).build(2, 4)
+    with pytest.raises(UserError, match=r"Sinusoidal\.first"):
+        Sinusoidal(first=-1)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -153,6 +153,28 @@ def test_random_levels() -> None:
     assert (token != token[:, :1]).any()
 
 
+def test_random_levels_of_evaluation() -> None:
+    """THOR, brief 02: by batch in training, by sentence or token in inference; as released, by position."""
+
+    def draws(training: bool, **more: object) -> torch.Tensor:
+        router = build(Router(score=Uniform(), select=Random(level="batch", **more), weigh=Constant()))  # type: ignore[arg-type]
+        return router.train(training)(units(800), signals(800))[0].expert.view(100, 8)
+
+    for more in ({"evaluation": "sequence"}, {"evaluation": "token"}, {"evaluation": "sequence", "as_released": True}):
+        assert draws(True, **more).unique().numel() == 1
+    sentence, token = draws(False, evaluation="sequence"), draws(False, evaluation="token")
+    assert (sentence == sentence[:, :1]).all()
+    assert sentence[:, 0].unique().numel() == E
+    assert (token != token[:, :1]).any()
+    released = draws(False, evaluation="sequence", as_released=True)
+    assert (released == released[:1]).all()
+    assert released[0].unique().numel() > 1
+    assert draws(False).unique().numel() == 1
+    router = build(Router(score=Uniform(), select=Random(level="sequence", as_released=True), weigh=Constant()))
+    with pytest.raises(MissingSignalError, match="position"):
+        router(units(8), signals(8, position=None))
+
+
 def test_gumbel_samples_from_the_distribution() -> None:
     x = log([[0.5, 0.3, 0.15, 0.05]]).expand(20000, 4)
     plan = plan_of(Gumbel(k=2), x, SoftmaxKept(), signals(20000), train=True).check()

@@ -81,6 +81,26 @@ def test_random_routers_draw_the_same_for_a_source_alone_and_in_a_batch() -> Non
     assert translate(model, [given, given], 6)[1].tokens.tolist() == translate(model, given, 6).tokens.tolist()  # type: ignore[union-attr, index]
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "batch"])
+def test_random_encoders_too_and_by_seed(level: Any) -> None:
+    """Alone as in a batch; other seeds draw other experts, in beams as well."""
+    router = Router(score=Uniform(), select=Random(level=level), weigh=Constant())
+    moe = MoELayer(num_experts=4, router=router, losses=())
+    config = encoder_decoders()["dense"]
+    model = loud(config.replace(encoder=config.encoder.replace(moe=moe), decoder=config.decoder.replace(moe=moe)))
+    first, second, _ = sources(37)
+    seeds = (5, 6, 7, 8)
+    alone: Any = [translate(model, first, 6, seed=s) for s in seeds]
+    together: Any = translate(model, [first, second, *[first] * 3], 6, seed=(5, 9, 6, 7, 8))
+    made = [row.tokens.tolist() for row in alone]
+    assert [row.tokens.tolist() for row in (together[0], *together[2:])] == made
+    assert (len({tuple(m) for m in made}) > 1) == (level != "batch")
+    for seed, want in zip(seeds, made):
+        assert beam_search(model, first, 6, beams=1, seed=seed)[0].tokens.tolist() == want  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="2 seeds for 1 prompts"):
+        beam_search(model, first, 6, seed=(1, 2))
+
+
 def tiny(vocab: int = 4) -> Any:
     sizes = {"vocab_size": vocab, "dim": 8, "num_layers": 1, "ffn": FeedForward(width=8), "context": 8}
     encoder = Encoder(attention=Attention(num_heads=2, causal=False), **sizes)

@@ -1,4 +1,8 @@
-"""Families of checkpoints by their `model_type`, each in a file of its own, loaded when it is asked for."""
+"""Families of checkpoints by name, each in a file of its own, loaded when it is asked for.
+
+A family's name is the `model_type` of its config.json, but for those whose authors gave it that of another family: they
+are recognised by fields that only theirs has.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import UserError, did_you_mean
 
+from .. import authors
 if TYPE_CHECKING:
     from ..checkpoint.family import Family
 
@@ -18,7 +23,9 @@ FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)
 
 
 def find(model_type: object, where: object = "convert") -> Family:
-    """The family of a `model_type`. Raises `UserError` for an unknown one."""
+    """The family of a `model_type`, of this folder or of `convert.authors`. Raises `UserError` for an unknown one."""
+    if isinstance(model_type, str) and model_type in authors.AUTHORS:
+        return importlib.import_module(f"{authors.__name__}.{model_type}").FAMILY
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
         raise UserError(f"{where}: unknown model_type {model_type!r}{hint}; known: {', '.join(FAMILIES)}")
