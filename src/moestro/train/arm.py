@@ -59,7 +59,7 @@ class Arm:
         ranks.copy_first(list(tensors_of(self.model).values()))
         self._routers()
         check_knobs(config.knobs, self.model, config.steps)
-        self.objective = seen(config.objective.build(), self.model)
+        self.objective = config.objective.build()
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
         hooks = [hook.build(self.model, config.steps) for hook in config.after]
@@ -296,6 +296,13 @@ def sample_steps(config: TrainRun) -> set[int]:
     return {*chosen[1:], config.steps}
 
 
+def _measures(nats: float, targets: int, text_bytes: float, sums: Mapping[str, float]) -> dict[str, Any]:
+    """What a row says besides nats: bits per byte of text; where targets stand for none, readings of the task."""
+    if text_bytes:
+        return {"bits_per_byte": bits_per_byte(nats, targets, text_bytes)}
+    return {"metrics": readings(sums, targets)}
+
+
 def _means(values: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: math.fsum(all_) / len(all_) for name, all_ in values.items()}
 
@@ -305,13 +312,6 @@ def _by_layer(silent: list[Any]) -> dict[str, list[int]]:
     for s in silent:
         out.setdefault(s.path, []).append(s.expert)
     return out
-def _measures(nats: float, targets: int, text_bytes: float, sums: Mapping[str, float]) -> dict[str, Any]:
-    """What a row says besides nats: bits per byte of text; where targets stand for none, readings of the task."""
-    if text_bytes:
-        return {"bits_per_byte": bits_per_byte(nats, targets, text_bytes)}
-    return {"metrics": readings(sums, targets)}
-
-
 
 
 def _fresh_rng(seed: int, ranks: Ranks) -> dict[str, Tensor]:

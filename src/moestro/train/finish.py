@@ -22,14 +22,13 @@ from .config import TrainRun
 from .layout import Layout
 from .load import load
 from .log import read_rows
-from .save import Store
 from .material import ExampleMaterial, Material, TextMaterial
 from .models import context_of
+from .save import Store
 
 __all__ = ["finish", "report_data", "report_rows", "report_table"]
 
 PROMPT, NEW = 48, 320  # tokens of the sample, as far as the context allows
-
 SENTENCES = 4  # that are translated
 
 _KINDS = {
@@ -39,6 +38,7 @@ _KINDS = {
     SpanQuestions: "model that answers questions",
     TextPairs: "model of text embeddings",
 }
+
 
 def finish(
     config: TrainRun,
@@ -115,6 +115,8 @@ def report_rows(name: str, metrics: Path) -> Iterator[dict[str, Any]]:
 def report_table(lines: Sequence[Line]) -> Table:
     """The final table, turned: a row per quantity, a column per model."""
     # quantity, unit, field, better, digits (None = with k, M, G)
+    measure = lines[0].measure if lines else "bits_per_byte"
+    unit = {"bits_per_byte": "bits per byte", "nats": "nats per target"}[measure]
     wanted: list[tuple[str, str, str, Any, int | None]] = [
         ("validation, equal steps", unit, measure, "lower", 4),
         ("validation, equal training time", unit, f"{measure}_at_time", "lower", 4),
@@ -124,20 +126,6 @@ def report_table(lines: Sequence[Line]) -> Table:
         ("speed", "training tokens / s", "tokens_per_second", "higher", 0),
         ("load entropy", "1 = equal loads", "load_entropy", "", 3),
     ]
-    notes: list[str] = []
-    if lines and lines[0].evaluated is not None:
-        notes.append(f"equal steps: after step {lines[0].evaluated}")
-    if lines and lines[0].time is not None:
-        notes.append(f"equal training time: after {lines[0].time:.0f} s of steps, read off the same two runs")
-    return Table(
-    measure = lines[0].measure if lines else "bits_per_byte"
-    unit = {"bits_per_byte": "bits per byte", "nats": "nats per target"}[measure]
-        title=" and ".join(line.name for line in lines),
-        models=tuple(line.name for line in lines),
-        lines=tuple(made),
-        notes=tuple(notes),
-    )
-
     made = [
         Row(quantity=q, unit=u, values=tuple(getattr(line, f) for line in lines), better=b, digits=d)
         for q, u, f, b, d in wanted
@@ -146,6 +134,18 @@ def report_table(lines: Sequence[Line]) -> Table:
         values = tuple((line.metrics or {}).get(name) for line in lines)
         better = "higher" if name == "accuracy" else ""
         made.insert(2 + i, Row(quantity=f"validation {name}, equal steps", values=values, better=better))
+    notes: list[str] = []
+    if lines and lines[0].evaluated is not None:
+        notes.append(f"equal steps: after step {lines[0].evaluated}")
+    if lines and lines[0].time is not None:
+        notes.append(f"equal training time: after {lines[0].time:.0f} s of steps, read off the same two runs")
+    return Table(
+        title=" and ".join(line.name for line in lines),
+        models=tuple(line.name for line in lines),
+        lines=tuple(made),
+        notes=tuple(notes),
+    )
+
 
 def _samples(
     names: Sequence[str], layout: Layout, material: Material, say: Callable[[str], None]

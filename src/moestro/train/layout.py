@@ -26,9 +26,9 @@ evaluation and saving:
     {"kind": "eval", step, seconds, nats, bits_per_byte, tokens, best, load_entropy, routing_entropy,
      layers: {path: {load: [E], load_entropy, max_violation, routing_entropy}}}
     {"kind": "starved", step, path, experts: [..]}    experts without a token for long
-loss = nats + sum of coefficient * balance loss, in nats per token. load_entropy: entropy of the shares of choices that
 Runs on examples have `metrics` (accuracy and the like, by name) in place of bits_per_byte, and `targets` in place of
 text_bytes. Nats are per target (token, class, span, pair); those of evaluations are without label smoothing.
+loss = nats + sum of coefficient * balance loss, in nats per token. load_entropy: entropy of the shares of choices that
 the experts get, divided by log E: 1 = even, mean over layers. routing_entropy: mean entropy of the routers'
 distributions in nats. max_violation: largest load over the mean load, minus 1.
 """

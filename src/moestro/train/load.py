@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
-from ..tasks.tokenizer import Tokenizer
 from ..tasks.config import Examples
+from ..tasks.tokenizer import Tokenizer
 from ..tasks.tokenizer_file import read_tokenizer
-from . import manifest as manifests
 from ..tasks.vocabulary_file import VocabularyTokenizer, read_vocabulary
+from . import manifest as manifests
 from .config import TrainRun
 from .files import read_json, read_tensors
 from .layout import Layout
