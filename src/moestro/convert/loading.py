@@ -19,7 +19,7 @@ from .checkpoint.family import Family, read_fields
 from .checkpoint.folder import CONFIG, FolderTensors, pickled, read_json
 from .checkpoint.problems import Problems
 from .checkpoint.tensors import Entry, ModelTensors, Tensors
-from .families import find
+from .families import recognised
 
 __all__ = ["Loaded", "Opened", "load", "meta_entries", "open_folder", "read_config"]
 
@@ -56,7 +56,7 @@ class Loaded:
 def read_config(source: str | Path | Mapping[str, Any]) -> Any:
     """Our config of a checkpoint's folder, of a config.json, or of its content. Reads no tensors."""
     if isinstance(source, Mapping):
-        return read_fields(find(source.get("model_type"), "config.json"), source, "config.json")
+        return read_fields(recognised(source, "config.json"), source, "config.json")
     path = Path(source)
     return open_folder(path if path.is_dir() else path.parent, path.name if path.is_file() else CONFIG).config
 
@@ -69,7 +69,7 @@ def open_folder(folder: str | Path, name: str = CONFIG) -> Opened:
     data = read_json(path)
     if "model_type" not in data:
         raise UserError(f"{path}: has no model_type, so it is no checkpoint that transformers would load")
-    family = find(data["model_type"], path)
+    family = recognised(data, path)
     return Opened(Path(folder), data, family, read_fields(family, data, path))
 
 

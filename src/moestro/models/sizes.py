@@ -121,13 +121,24 @@ def _name(config: Decoder, counted: Cost) -> str:
 
 
 def _counted(config: Decoder, seq_len: int = 1) -> Cost:
-    """Everything at once: the model is built once, on the meta device."""
+    """Everything at once, from models on the meta device: of one and of two blocks where all blocks are equal."""
     import torch
 
     from ..core.account import cost
 
+    blocks = config.resolved()
+    several = len(blocks) > 2 and all(block == blocks[0] for block in blocks)
     with torch.device("meta"):
-        return cost(config.build(), seq_len)
+        if not several:
+            return cost(config.build(), seq_len)
+        one, two = (cost(_first(config, n).build(), seq_len) for n in (1, 2))
+    return type(one)(*(a + (b - a) * (len(blocks) - 1) for a, b in zip(one, two)))
+
+
+def _first(config: Decoder, n: int) -> Decoder:
+    """The first n blocks alone."""
+    parts = {name: getattr(config, name) for name in ("blocks", "layout", "num_experts")}
+    return config.replace(num_layers=n, **{name: None if part is None else part[:n] for name, part in parts.items()})
 
 
 def short_count(count: float) -> str:

@@ -26,12 +26,6 @@ PARTS: dict[str, dict[str, str]] = {
         "objective of spans": "moestro.tasks.objectives:FindSpan",
         "augmented questions": "moestro.tasks.data.augment:augmented",
     },
-    "dynamic-routing": {
-        "top-p choice": "moestro.routers.config:TopP",
-        "raw weights": "moestro.routers.config:Raw",
-        "entropy loss": "moestro.losses.config:RoutingEntropy",
-        "balance with any number of choices": "moestro.losses.config:SwitchBalance",
-    },
     "muon-mla-moe": {
         "optimiser": "moestro.optim.config:Muon",
         "latent attention": "moestro.nn.config:LatentAttention",
@@ -48,12 +42,6 @@ PARTS: dict[str, dict[str, str]] = {
         "embedding head": "moestro.models.heads_config:EmbeddingHead",
         "multiple-negatives loss": "moestro.losses.pair_config:MNR",
         "objective of pairs": "moestro.tasks.objectives:MatchPairs",
-    },
-    "optimal-sparsity": {
-        "decoder of routed layers": "moestro.models.config:Decoder",
-        "top-k choice": "moestro.routers.config:TopK",
-        "balance loss": "moestro.losses.config:SwitchBalance",
-        "z-loss": "moestro.losses.config:ZLoss",
     },
     "smoe-dropout": {
         "frozen random score": "moestro.routers.config:Frozen",

@@ -90,10 +90,15 @@ class TopP(Select):
     """The sum to be passed; at 1 or more every expert is taken, up to max_k."""
     max_k: int | None = None
     """The most experts of a unit; None = all of them."""
+    expected: float | None = None
+    """Mean experts per unit that parameters and FLOPs are counted with; None = the most that a unit may take."""
+    as_released: bool = False
+    """Softmax and cumulative sum in bfloat16, as the authors' code runs: choices change where a sum is close to p."""
 
     def __post_init__(self) -> None:
         self.positive("p")
         self.positive("max_k")
+        self.positive("expected")
 
 
 @config
@@ -128,15 +133,15 @@ class Random(Select):
     """Experts per unit."""
     level: Literal["token", "sequence", "batch"] = "token"
     """What shares a draw: nothing, the units of one segment, or the whole batch."""
+    evaluation: Literal["token", "sequence", "batch"] | None = None
+    """The same for evaluation (THOR trains with "batch" and translates with "sequence"); None = as in training."""
+    as_released: bool = False
+    """Draw "sequence" per position, the same for all sequences, as THOR's code does."""
 
     def __post_init__(self) -> None:
         self.positive("k")
 
 
-    evaluation: Literal["token", "sequence", "batch"] | None = None
-    """The same for evaluation (THOR trains with "batch" and translates with "sequence"); None = as in training."""
-    as_released: bool = False
-    """Draw "sequence" per position, the same for all sequences, as THOR's code does."""
 @config
 class Partition(Select):
     """The units of a batch shuffled and cut into equal parts, one per expert, in training (EWA); in evaluation every
@@ -311,6 +316,8 @@ class Router(AnyRouter):
             chooser = chooser.inner
         if self.activation == "identity" and isinstance(chooser, TopP | Gumbel):
             raise UserError(f"Router: {type(chooser).__name__} needs probabilities; use activation softmax or sigmoid")
+        if isinstance(chooser, TopP) and chooser.as_released and (self.mix or self.activation != "softmax"):
+            raise UserError("Router: TopP(as_released=True) makes its own softmax; use activation softmax and no mix")
         if isinstance(self.select, SparseMixer) and self.mix is not None:
             raise UserError("Router: SparseMixer looks at logits, which mix does not change; leave one of them out")
         if isinstance(self.weigh, SoftmaxKept | NearBest) and self.mix is not None:

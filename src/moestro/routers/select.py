@@ -48,6 +48,7 @@ class TopPSelect(SelectStep):
     """The fewest experts whose probabilities sum to more than p, highest first, -1 behind them; at most max_k.
 
     t = min {k: p_1 + ... + p_k > p}, strictly greater (arXiv 2403.07652 eqs. 4-5). Call-time knob: top_p.
+    As released, probabilities and their sums are rounded to bfloat16, and p with them.
     """
 
     masks = True
@@ -55,17 +56,23 @@ class TopPSelect(SelectStep):
 
     def __init__(self, config: cfg.TopP, num_experts: int, num_ids: int) -> None:
         super().__init__()
-        self.p = config.p
+        self.p, self.as_released, self.expected = config.p, config.as_released, config.expected
         self.top_k = self.max_k = check_k(num_ids if config.max_k is None else config.max_k, num_ids, "TopP")
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals) -> Choice:
         p = signals.knob("top_p", self.p)
-        order = passing_over(scores.order, scores)
+        order = passing_over(self._released(scores) if self.as_released else scores.order, scores)
         wide = self.max_k == order.shape[1]
-        expert = descending(order) if wide else highest(order, self.max_k)
+        expert = descending(order) if wide else highest(order.float() if self.as_released else order, self.max_k)
         mass = order.gather(1, expert)
         before = F.pad(mass[:, :-1].cumsum(dim=1), (1, 0))  # the sum of those ahead has not passed p yet
         return Choice(expert=torch.where((before <= p) & (mass > float("-inf")), expert, -1))
+
+    def _released(self, scores: Scores) -> Tensor:
+        """[T, E'] bfloat16: the softmax of rounded logits; of noisy ones, the rounded distribution."""
+        if scores.rank is not None:
+            return scores.rank.detach().bfloat16()
+        return (scores.logits / scores.temperature).detach().bfloat16().softmax(dim=1)
 
 
 class AllSelect(SelectStep):

@@ -17,6 +17,7 @@ from ..convert.change.samples import evaluating
 from ..core.errors import UserError
 from ..core.signals import Signals
 from ..serve.generate import generate
+from .data.examples import Choice
 from .metrics.answers import answer_bits, final_number, same_number
 from .tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ __all__ = [
     "Reasoning",
     "Recall",
     "TaskLoss",
+    "facts_of",
     "few_shot",
     "generalisation_gap",
     "memorisation",
@@ -192,6 +194,16 @@ class Recall:
     loss: TaskLoss
     exact: float
     tokens: float
+
+
+def facts_of(questions: Sequence[Choice], longest: int = 160) -> list[Example]:
+    """Questions with choices as facts to be recited: the question -> the words of its right answer.
+
+    longest: characters of question and answer together; longer ones are left out, and those whose question came before.
+    """
+    found = {q.question: q.choices[q.answer].strip() for q in reversed(questions)}
+    kept = ((q, found[q]) for q in dict.fromkeys(q.question for q in questions))
+    return [Example(f"Question: {q}\nAnswer: ", a) for q, a in kept if a and len(q) + len(a) <= longest]
 
 
 def memorisation(

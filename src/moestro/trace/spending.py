@@ -11,16 +11,19 @@ from ..core.errors import UserError
 from ..core.plan import AnyPlan
 from ..core.trail import Trail
 from .metrics import choices
+from .record import table_of
 from .tables import Array, Sample, Table, Trace
 
 __all__ = [
     "Certainty",
+    "Spent",
     "certainty",
     "experts_by_label",
     "experts_by_layer",
     "experts_per_unit",
     "mean_experts",
     "quantile_labels",
+    "spent",
 ]
 
 
@@ -60,12 +63,7 @@ def experts_by_label(
     number = int(labels.max(initial=-1)) + 1 if num_labels is None else num_labels
     out: dict[str, Array] = {}
     for path, count, valid in _counts(trace, sample, pass_):
-        if len(labels) != len(count):
-            raise UserError(f"{len(labels)} labels for {len(count)} units of {path!r}")
-        known = valid & (labels >= 0) & (labels < number)
-        total = np.bincount(labels[known], weights=count[known], minlength=number)
-        units = np.bincount(labels[known], minlength=number)
-        out[path] = np.divide(total, units, out=np.full(number, np.nan), where=units > 0)
+        out[path] = _by_label(path, count, valid, labels, number)
     return out
 
 
@@ -80,6 +78,37 @@ def quantile_labels(values: Any, parts: int = 4) -> Array:
     order = known[np.argsort(values[known], kind="stable")]
     out[order] = np.arange(len(order)) * parts // max(1, len(order))
     return out
+
+
+class Spent(NamedTuple):
+    """Mean experts per valid unit of one pass. mean: over layers. layers: path -> that layer's. by: [M] of the units of
+    each label, over layers; NaN for labels without a unit, None without labels."""
+
+    mean: float
+    layers: dict[str, float]
+    by: Array | None = None
+
+
+def spent(trail: Trail, labels: Any = None, num_labels: int | None = None, pass_: int = 0) -> Spent:
+    """What a pass spent on its units, before capacity, straight from its trail (traces: the functions above).
+
+    labels: [T] integers, -1 = none, such as domains or `quantile_labels` of every token's loss. Layers weigh equally.
+    Raises `UserError` where no layer has a plan, and where labels are not as many as units.
+    """
+    plans: list[tuple[str, AnyPlan]] = [(key.path, p) for key, p in trail.plans().items() if key.pass_ == pass_]
+    if not plans:
+        raise UserError("spent: no routed layer has a plan in this trail; was the pass quiet?")
+    tables = [(path, table_of(plan, 0), plan.num_experts) for path, plan in plans]
+    found = [
+        (path, experts_per_unit(t, e), np.ones(t.units, bool) if t.valid is None else t.valid) for path, t, e in tables
+    ]
+    layers = {path: _mean(count[valid]) for path, count, valid in found}
+    if labels is None:
+        return Spent(float(np.mean(list(layers.values()))), layers)
+    labels = np.asarray(labels).astype(np.int64).reshape(-1)
+    number = int(labels.max(initial=-1)) + 1 if num_labels is None else num_labels
+    by = np.mean([_by_label(path, count, valid, labels, number) for path, count, valid in found], axis=0)
+    return Spent(float(np.mean(list(layers.values()))), layers, by)
 
 
 # Certainty --------------------------------------------------------------------------------------------------------
@@ -128,6 +157,16 @@ def _counts(trace: Trace, sample: Sample, pass_: int) -> list[tuple[str, Array, 
             valid = np.ones(table.units, bool) if table.valid is None else table.valid
             out.append((layer.path, experts_per_unit(table, layer.num_experts), valid))
     return out
+
+
+def _by_label(path: str, count: Array, valid: Array, labels: Array, number: int) -> Array:
+    """[number] mean counts of the valid units of each label."""
+    if len(labels) != len(count):
+        raise UserError(f"{len(labels)} labels for {len(count)} units of {path!r}")
+    known = valid & (labels >= 0) & (labels < number)
+    total = np.bincount(labels[known], weights=count[known], minlength=number)
+    units = np.bincount(labels[known], minlength=number)
+    return np.divide(total, units, out=np.full(number, np.nan), where=units > 0)
 
 
 def _mean(values: Array) -> float:

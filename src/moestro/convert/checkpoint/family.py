@@ -9,6 +9,7 @@ from typing import Any
 from ...core.config import Config
 from ...core.errors import UserError
 from ...models.config import Stack
+from ..families import recognised
 from ..families.shared.rope import LEGACY
 from .fields import Fields
 from .rules import Table
@@ -20,6 +21,8 @@ __all__ = ["Family", "canonical", "config_fields", "difference", "read_fields"]
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One published layout, in `convert/families/<model_type>.py` as `FAMILY`.
+
+    says: what config.json gives as `model_type`, where that is the name of another family (`families.BORROWED`).
 
     read: config.json -> our config; refuses fields that we cannot express. write: our config -> the fields that
     describe it, without those that every family shares; it may lose what the family cannot express, which is found by
@@ -34,6 +37,7 @@ class Family:
     write: Callable[[Any], dict[str, Any]]
     examples: Callable[[], dict[str, dict[str, Any]]]
     unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
+    says: str | None = None
 
 
 def read_fields(family: Family, data: Mapping[str, Any], where: object) -> Config:
@@ -62,6 +66,7 @@ _TRAINING = {
     "dropout",
     "allow_noncausal",
     "losses",
+    "expected",
     "deterministic",
     "sparse_grad",
     "exchange",
@@ -133,10 +138,10 @@ def config_fields(family: Family, config: Config, source: Mapping[str, Any] | No
     beside the function where it is of this family, and all of it where the function is unchanged too. Raises
     `UserError` that names a field of ours which the family cannot express.
     """
-    kept = dict(source or {}) if source and source.get("model_type") == family.model_type else {}
+    kept = dict(source or {}) if source and _is_of(source, family) else {}
     for name in ("auto_map", "quantization_config", "torch_dtype"):
         kept.pop(name, None)
-    head = {"architectures": [family.architecture], "model_type": family.model_type}
+    head = {"architectures": [family.architecture], "model_type": family.says or family.model_type}
     wanted = canonical(config)
     if kept:
         try:
@@ -159,3 +164,10 @@ def config_fields(family: Family, config: Config, source: Mapping[str, Any] | No
             "choose another family, or moestro, which holds any model"
         )
     return fields
+
+
+def _is_of(source: Mapping[str, Any], family: Family) -> bool:
+    """Whether a config.json is of the family, not of one that has the same `model_type`."""
+    if source.get("model_type") != (family.says or family.model_type):
+        return False
+    return recognised(source).model_type == family.model_type

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError, did_you_mean
-
 from .. import authors
+
 if TYPE_CHECKING:
     from ..checkpoint.family import Family
 
-__all__ = ["FAMILIES", "find"]
+__all__ = ["BORROWED", "FAMILIES", "find", "recognised"]
 
 FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
-"""The model types that are known: one for every file of this folder."""
+"""The model types that transformers has too: one for every file of this folder."""
+
+BORROWED: dict[str, dict[str, tuple[str, ...]]] = {"llama": {"dynamic_moe": ("top_p_threshold", "expert_frequency")}}
+"""`model_type` -> families that use it without being meant by it -> fields any of which gives them away."""
 
 
 def find(model_type: object, where: object = "convert") -> Family:
@@ -30,3 +34,10 @@ def find(model_type: object, where: object = "convert") -> Family:
         hint = did_you_mean(model_type, FAMILIES) if isinstance(model_type, str) else ""
         raise UserError(f"{where}: unknown model_type {model_type!r}{hint}; known: {', '.join(FAMILIES)}")
     return importlib.import_module(f"{__name__}.{model_type}").FAMILY
+
+
+def recognised(data: Mapping[str, Any], where: object = "convert") -> Family:
+    """The family of a config.json, by its `model_type` and by fields that give borrowers away; `UserError` for none."""
+    name = data.get("model_type")
+    others = BORROWED.get(name, {}) if isinstance(name, str) else {}
+    return find(next((n for n, own in others.items() if any(f in data for f in own)), name), where)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import UserError, did_you_mean
 from ..config import TrainRun
-from . import growing, language, routing
+from . import dynamic_routing, growing, language, optimal_sparsity, routing
 
 __all__ = ["DEFAULT", "PRESETS", "preset"]
 
@@ -15,6 +15,8 @@ DEFAULT = "stdlib"
 PRESETS: dict[str, Callable[[], TrainRun]] = {
     **language.PRESETS,
     **routing.PRESETS,
+    **optimal_sparsity.PRESETS,
+    **dynamic_routing.PRESETS,
     **growing.PRESETS,
 }
 

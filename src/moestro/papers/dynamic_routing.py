@@ -1,0 +1,233 @@
+"""21 Dynamic routing: every token takes the fewest experts whose probabilities pass p, beside fixed top-1 and top-2."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..experts.config import Gated
+from ..losses.config import PerUnitBalance, RoutingEntropy
+from ..models.config import Decoder
+from ..moe.config import MoELayer
+from ..nn.config import Attention
+from ..routers.config import Raw, Renormalised, Router, Select, TopK, TopP
+from .catalogue import entry
+from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Job, Lines, Outcome, Paper, Published
+
+S, B, E = 128, 16, 8
+DOMAINS = ("gutenberg_domains", "gsm8k", "bbh")
+EXPECTED = 2.5  # experts per token that the arms' FLOPs are counted with: the mean over a trial's updates
+SWEEP = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def decoder(select: Select, beta: float | None, smoke: bool) -> Decoder:
+    """Weights of top-p and of top-1 are raw probabilities, those of top-2 add up to 1."""
+    entropy = () if beta is None else (RoutingEntropy(coefficient=beta),)
+    weigh = Renormalised() if isinstance(select, TopK) and select.k > 1 else Raw()
+    layer = MoELayer(
+        num_experts=E,
+        router=Router(select=select, weigh=weigh),
+        experts=Gated(width=8 if smoke else 64),
+        losses=(PerUnitBalance(coefficient=0.01), *entropy),
+    )
+    size: dict[str, Any] = {"dim": 16, "num_layers": 1} if smoke else {"dim": 64, "num_layers": 3}
+    return Decoder(vocab_size=262, attention=Attention(num_heads=4), moe=layer, context=S, **size)
+
+
+def arms(smoke: bool) -> list[Arm]:
+    def dynamic(name: str, about: str, beta: float) -> Arm:
+        return Arm(name=name, about=about, model=decoder(TopP(p=0.4, expected=EXPECTED), beta, smoke), seq_len=S)
+
+    top1, top2 = (decoder(TopK(k=k), None, smoke) for k in (1, 2))
+    return [
+        dynamic("dynamic", "top-p 0.4, entropy loss 1e-4", 1e-4),
+        dynamic("beta 0", "top-p 0.4, no entropy loss", 0.0),
+        dynamic("beta 1e-3", "top-p 0.4, entropy loss 1e-3", 1e-3),
+        Arm(name="top-1", about="one expert per token", model=top1, seq_len=S),
+        Arm(name="top-2", about="two experts per token", model=top2, seq_len=S),
+        Arm(name="top-2 flops", about="top-2 at the system's FLOPs", model=top2, seq_len=S, equal="flops"),
+    ]
+
+
+def load(folder: Path) -> Any:
+    from ..tasks.data.config import Bbh, ByteVocabulary, Domains, Gsm8k, Gutenberg
+    from ..tasks.data.streams import DomainBatches
+
+    parts = Gutenberg, Gsm8k, Bbh
+    data = Domains(parts=tuple(part(folder=str(folder / part.slug)) for part in parts)).build()
+    assert data.domains == DOMAINS
+    return DomainBatches(data, ByteVocabulary().build(()), S, shares=(1.0,) * len(DOMAINS))
+
+
+def sample(folder: Path) -> None:
+    for slug in DOMAINS:
+        (folder / slug).mkdir()
+    (folder / "gutenberg_domains" / "fiction_a.txt").write_text("It was the best of times, it was the worst. " * 90)
+    row = json.dumps({"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}) + "\n"
+    for split in ("train", "test"):
+        (folder / "gsm8k" / f"{split}.jsonl").write_text(
+            "".join(row.replace("2", str(n)) for n in range(80 if split == "train" else 12))
+        )
+    rows = [{"task": "boolean", "input": f"not ( True ) and {n} is", "target": "False"} for n in range(150)]
+    (folder / "bbh" / "bbh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train(job: Job) -> Outcome:
+    from ..tasks.config import NextToken
+    from .fit import fit
+
+    model: Any = job.arm.model
+    model = model.replace(seed=job.seed).build()
+    batches, size = job.data, 4 if job.smoke else B
+    taken: list[float] = []
+
+    def watch(step: int, outcome: Any) -> None:
+        counts = outcome.trail.counts().values()
+        taken.append(sum(int(c.sum()) for c in counts) / (len(counts) * size * S))
+
+    fit(model, NextToken().build(), lambda step: batches.train(10_000 * job.seed + step, size), job, watch=watch)
+    bits, found = (measured(model, batches, split, job.smoke) for split in ("valid", "test"))
+    first, every = (max(1, len(taken) // n) for n in (20, 50))
+    found |= {"experts_start": sum(taken[:first]) / first, "experts_train": sum(taken) / len(taken)}
+    means = [(float(i + every), sum(taken[i : i + every]) / every) for i in range(0, len(taken) - every + 1, every)]
+    curves = {"experts": means}
+    if isinstance(model.config.moe.router.select, TopP):
+        swept = [(p, measured(model, batches, "test", job.smoke, p)) for p in SWEEP]
+        curves |= {f"{name} by p": [(p, f[name]) for p, f in swept] for name in ("experts", "bits")}
+        found["sweep"] = min(b["experts"] - a["experts"] for (_, a), (_, b) in itertools.pairwise(swept))
+    return Outcome(validation=bits["bits"], test=found, curves=curves)
+
+
+def measured(model: Any, batches: Any, split: str, smoke: bool, p: float | None = None) -> dict[str, float]:
+    """Bits per byte and experts per token and layer of held-out windows, as many of each domain."""
+    import torch
+    from torch.nn import functional as F
+
+    from ..core.signals import Signals
+    from ..trace.spending import quantile_labels, spent
+
+    made = [b for d in range(len(DOMAINS)) for b in batches.held_out(d, 1, split, 2 if smoke else 48)]
+    tokens, targets, domain = (torch.cat([getattr(b, n) for b in made]) for n in ("tokens", "targets", "domain"))
+    each = domain[:, None].expand(tokens.shape).reshape(-1)
+    with torch.no_grad():
+        logits, _, trail = model.eval()(tokens, Signals(knobs={} if p is None else {"top_p": p}))
+        bits = F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none") / math.log(2)
+    all_, by = spent(trail, each), spent(trail, quantile_labels(bits)).by
+    assert all_.by is not None
+    assert by is not None
+    found = {"bits": float(bits.mean()), "experts": all_.mean, "experts_easy": by[0], "experts_hard": by[-1]}
+    for d, name in enumerate(DOMAINS):
+        found |= {f"bits_{name}": float(bits[each == d].mean()), f"experts_{name}": all_.by[d]}
+    first, *_, last = all_.layers.values() if len(all_.layers) > 1 else 2 * (all_.mean,)
+    found |= {"experts_first": first, "experts_last": last}
+    return {name: float(value) for name, value in found.items()}
+
+
+def by_difficulty(figures: Figures) -> float:
+    """How many more experts the text of the highest loss takes than that of the lowest, as a share of the latter's."""
+    bits = figures["top-2"]
+    easy, *_, hard = sorted(DOMAINS, key=lambda name: bits[f"bits_{name}"])
+    return figures["dynamic"][f"experts_{hard}"] / figures["dynamic"][f"experts_{easy}"] - 1
+
+
+def ours(name: str) -> Computed:
+    return Computed(text=f"{name} of dynamic", function=lambda figures: figures["dynamic"][name])
+
+
+def counted() -> list[Counted]:
+    """The published model: 24 routed layers, width 1024, 16 experts of width 2816 (inferred), 32000 tokens."""
+
+    def size(select: Select) -> Decoder:
+        layer = MoELayer(num_experts=16, router=Router(select=select, weigh=Raw()), experts=Gated(width=2816))
+        return Decoder(vocab_size=32_000, dim=1024, num_layers=24, attention=Attention(num_heads=16), moe=layer)
+
+    top1, top2, dynamic = (size(s) for s in (TopK(k=1), TopK(k=2), TopP(p=0.4, expected=1.76)))
+    active = dynamic.num_active_params()
+    return [
+        Counted(what="parameters", ours=top1.num_params(), published=3.5e9),
+        Counted(what="active parameters, top-1", ours=top1.num_active_params(), published=374e6),
+        Counted(what="active parameters, top-2", ours=top2.num_active_params(), published=581e6),
+        Counted(what="active parameters at 1.76 experts per token", ours=active),
+        Counted(what="the same, as a share of top-2's", ours=active / top2.num_active_params(), published=0.9),
+    ]
+
+
+US, CUT = "dynamic", "top-2 flops"
+FALL = Difference(figure="experts", of=US, than=US, than_figure="experts_start")
+BELOW = Computed(text="2.2 minus experts of dynamic", function=lambda figures: 2.2 - figures[US]["experts"])
+LOSS = Difference(figure="bits", of=US, than="top-2", relative=True, within=0.01)
+HARDER = Computed(
+    text="experts of dynamic where top-2's loss is highest, over where lowest, - 1", function=by_difficulty
+)
+TOKENS = Difference(figure="experts_hard", of=US, than=US, than_figure="experts_easy", better="higher")
+
+PAPER = Paper(
+    entry=entry("dynamic-routing"),
+    parts={
+        "top-p choice": "moestro.routers.config:TopP",
+        "raw weights": "moestro.routers.config:Raw",
+        "entropy loss": "moestro.losses.config:RoutingEntropy",
+        "balance with any number of choices": "moestro.losses.config:PerUnitBalance",
+        "experts by layer": "moestro.trace.spending:experts_by_layer",
+        "experts by domain or difficulty": "moestro.trace.spending:experts_by_label",
+        "other p on a trained model": "moestro.train.sweep:evaluate_over",
+        "the authors' checkpoints": "moestro.convert.authors.dynamic_moe:FAMILY",
+    },
+    example="""import torch
+from moestro.losses.config import PerUnitBalance, RoutingEntropy
+from moestro.moe.config import MoELayer
+from moestro.routers.config import Raw, Router, TopP
+
+layer = MoELayer(
+    num_experts=16,
+    router=Router(select=TopP(p=0.4), weigh=Raw()),
+    losses=(PerUnitBalance(coefficient=1e-2), RoutingEntropy(coefficient=1e-4)),
+).build(dim=32)
+_, _, trail = layer(torch.randn(64, 32))
+print("experts per token:", float(trail[("", 0)].demand.sum()) / 64)""",
+    data=load,
+    sample=sample,
+    arms=arms,
+    system="dynamic",
+    updates=800,
+    train=train,
+    grid=(4e-3, 8e-3),
+    tuning=0.25,
+    figures={
+        "bits": "bits per byte, mean over domains, lower is better",
+        **{f"bits_{name}": f"the same of {name}" for name in DOMAINS},
+        "experts": "experts per token and layer",
+        **{f"experts_{name}": f"the same of {name}" for name in DOMAINS},
+        "experts_easy": "the same of the quarter of tokens with the lowest loss",
+        "experts_hard": "of the quarter with the highest",
+        "experts_start": "in the first twentieth of training",
+        "experts_train": "over all of training",
+        "experts_first": "in the first layer",
+        "experts_last": "in the last layer",
+        "sweep": "least rise of experts per token from one p to the next, 0.2 to 0.8, on the trained model",
+    },
+    claims=(
+        Claim(text="experts per token fall during training", effect=FALL, threshold=0.5),
+        Claim(text="and end below 2.2", effect=BELOW),
+        Claim(text="the loss is within 1 percent of top-2's", effect=LOSS),
+        Claim(text="and lower than that of top-2 at equal FLOPs", effect=Difference(figure="bits", of=US, than=CUT)),
+        Claim(text="harder text takes more experts", effect=HARDER, threshold=0.03),
+        Claim(
+            text="without the entropy loss more are taken", effect=Difference(figure="experts", of=US, than="beta 0")
+        ),
+        Claim(text="harder tokens take more experts", effect=TOKENS, main=False),
+        Claim(text="compute follows p after training", effect=ours("sweep"), main=False),
+    ),
+    published=(
+        Published(what="experts per token at the end of training", figure=1.82, ours=ours("experts")),
+        Published(what="experts per token after 8 percent of training", figure=2.42, ours=ours("experts_start")),
+        Published(what="mean accuracy above top-2's", figure=0.7, unit="points", why="needs models of billions"),
+    ),
+    counted=counted,
+    picture=Lines(curve="experts", x="update", y="experts per token"),
+    preset="dynamic-routing",
+    notes=(),
+)
