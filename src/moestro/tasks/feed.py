@@ -64,8 +64,8 @@ class Prepared:
         for name, rows in examples.items():
             if not rows:
                 raise UserError(f"{self.data.title}: no {name} example with an answer fits into {seq_len} tokens")
-        train, valid = (ExampleBatches(examples[name], collate, seed) for name in ("training", "validation"))
-        return ExampleFeed(train, valid, seq_len)
+        train = ExampleBatches(examples["training"], collate, seed, self.config.pool)
+        return ExampleFeed(train, ExampleBatches(examples["validation"], collate, seed), seq_len)
 
 
 def prepare_examples(config: Examples, vocabulary: TextVocabulary | None = None) -> Prepared:

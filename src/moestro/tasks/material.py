@@ -33,8 +33,11 @@ class Examples(Material):
     """Share of the examples held out for validation, where no file is for that. Published sets have splits."""
     vocabulary: Vocabulary = WordVocabulary()
     """What text becomes; words and byte pairs are learnt from the training examples."""
+    pool: int = 1
+    """So many batches are drawn together and dealt by length, so that less of them is padding; 1 = not."""
 
     def __post_init__(self) -> None:
+        self.at_least(1, "pool")
         if not 0 < self.validation < 1:
             raise UserError(
                 f"{type(self).__name__}.validation must lie between 0 and 1, found {self.validation}: it is a share"

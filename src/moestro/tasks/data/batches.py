@@ -203,7 +203,8 @@ class ExampleBatches:
 
 def _length(encoded: Any) -> int:
     """Tokens of an encoded example: of its lists of ids."""
-    return sum(len(part) for part in encoded if isinstance(part, list))
+    parts = encoded if isinstance(encoded, tuple) else vars(encoded).values()
+    return sum(len(part) for part in parts if isinstance(part, list))
 
 
 def epoch_order(n: int, seed: int, step: int, size: int) -> np.ndarray:
