@@ -18,7 +18,9 @@ from moestro.convert.config import METHODS
 from moestro.convert.families import FAMILIES
 from moestro.convert.hf.experts import Path as Path_of_experts
 from moestro.models import published
+from moestro.tasks import data as data_sets
 from moestro.tasks.config import Text
+from moestro.tasks.material import Examples
 from moestro.train.presets import preset
 from moestro.train.run import run
 
@@ -104,6 +106,17 @@ def test_the_receipt_on_its_page_is_that_of_the_code() -> None:
 def test_every_kind_of_rule_is_on_its_page() -> None:
     kinds = {row[0].partition("(")[0] for row in table("add-a-family.md", "rule")}
     assert kinds == {name for name in rules.__all__ if issubclass(getattr(rules, name, object), rules.Rule)} - {"Rule"}
+
+
+def test_data_sets_and_kinds_of_examples_are_on_their_page() -> None:
+    rows = {row[0]: row for row in table("tasks.md", "config")}
+    sets = {name: getattr(data_sets, name) for name in data_sets.__all__}
+    found = {name: c for name, c in sets.items() if issubclass(c, data_sets.Data) and c.slug}
+    assert {name: row[-1] for name, row in rows.items()} == {name: config.source for name, config in found.items()}
+    kinds = {row[0]: row[1] for row in table("tasks.md", "`data`")}
+    assert set(kinds) == {"Text", *(c.__name__ for c in Examples.__subclasses__())}
+    for kind in Examples.__subclasses__():
+        assert ", ".join(kind.fields) in kinds[kind.__name__]
 
 
 def test_every_path_of_experts_is_on_its_page() -> None:
