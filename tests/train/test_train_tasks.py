@@ -244,7 +244,7 @@ def test_places_without_examples(tmp_path: Path) -> None:
         prepare_examples(TextPairs(path=str(tmp_path)))
     with pytest.raises(UserError, match="TextPairs: no examples; name a file or folder with rows of a, b"):
         prepare_examples(TextPairs())
-    with pytest.raises(UserError, match="Gsm8k|gsm8k"):
+    with pytest.raises(UserError, match="grade-school-math"):
         prepare_examples(TextPairs(published=Gsm8k(folder=str(tmp_path))))
 
 
