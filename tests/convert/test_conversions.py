@@ -30,7 +30,7 @@ def test_conversion(name):
         lambda model: options.build(model, text=TEXT),
         (lambda: [config.build() for _ in range(3)]) if options.several else config.build,
         lambda model: model(TEXT)[0],
-        exact=(claims | {"cluster_all": 1e-6}).get(name),
+        exact=(claims | {"cluster_all": 1e-6, "modular": 1e-6}).get(name),
     )
 
 

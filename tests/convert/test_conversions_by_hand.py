@@ -17,6 +17,7 @@ from moestro.convert.config import (
     Copy,
     GranularSplit,
     MergeExperts,
+    Modular,
     MostLoaded,
     PartialReinit,
     Prune,
@@ -25,13 +26,14 @@ from moestro.convert.config import (
 from moestro.convert.receipt import ConversionError, Receipt, read, verify
 from moestro.convert.upcycle.neurons import importance, kmeans
 from moestro.core.errors import UserError
+from moestro.core.signals import Signals
 from moestro.experts.config import MLP, Gated
 from moestro.models.config import Block
 from moestro.models.examples import examples as decoders
 from moestro.moe.config import AveragedExperts
 from moestro.moe.dropin import MoE
 from moestro.nn.config import PlainFeedForward
-from moestro.routers.config import Raw
+from moestro.routers.config import Raw, SoftmaxKept
 from moestro.testing.compare import assert_close
 from moestro.testing.conversions import check_conversion
 
@@ -105,6 +107,33 @@ def test_every_token_meets_every_slice_once_per_copy(dtype, bound, experts, top_
     first = experts_of(new.layers[0].ffn.experts)[0]
     width = model.layers[0].ffn.down.shape[1] // granularity
     assert torch.equal(first.down, model.layers[0].ffn.down[:, :width] * granularity)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_the_mean_of_all_slices_is_the_dense_layer(dtype, bound):
+    """41: an averaging combine wants slices times N. Few of them estimate the layer; equal logits are equal weights."""
+    ffn = PlainFeedForward(width=20, bias=True)
+    model = moved(decoders()["moe"].replace(moe=None, ffn=ffn), dtype)
+    new, receipt = Modular(num_experts=5, top_k=5).build(model, text=TEXT)
+    assert receipt.measured.relative <= bound == receipt.bound
+    assert not any(p.requires_grad for n, p in new.named_parameters() if "router" in n)
+    assert "layers.0.ffn.router.score.inner.weight" in receipt.invented
+    old, made = find(model)[0].mlp, experts_of(new.layers[0].ffn.experts)
+    assert torch.equal(made[2].up, old.up[8:12])
+    assert torch.equal(made[2].down, old.down[:, 8:12] * 5)
+    assert torch.equal(made[2].down_bias, old.down_bias)
+    dim = new.config.dim
+    assert new.config.num_params() - model.config.num_params() == 2 * ((5 - 1) * dim + 5 * dim)  # biases; routers
+    x = torch.randn(64, dim, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    layer = new.layers[0].ffn
+    each = torch.stack([expert(x) for expert in made])
+    y, _, trail = layer(x, Signals(knobs={"top_k": 2}))
+    (chosen,) = (plan.expert for plan in trail.plans().values())
+    assert_close("mean of the chosen", y, each.gather(0, chosen.T[..., None].expand(2, 64, dim)).mean(0), 10 * bound)
+    assert chosen[:, 0].unique().numel() > 2  # every slice has a router row of its own
+    published, receipt = Modular(num_experts=5, top_k=5, weigh=SoftmaxKept(), router_std=0.0).build(model, text=TEXT)
+    assert receipt.exact is None
+    assert_close("softmax of equal logits", published(TEXT)[0], model(TEXT)[0], 10 * bound)
 
 
 def test_a_share_of_neurons_is_redrawn_like_the_original():
@@ -312,6 +341,7 @@ def test_what_is_refused():
         (Taylor(), "give text"),
         (Copy(router="centroids"), "give text"),
         (GranularSplit(num_experts=6, top_k=3, granularity=3), "width 20 is no multiple of granularity 3"),
+        (Modular(num_experts=3, top_k=3), "width 20 is no multiple of num_experts 3"),
         (Average(), "no routed layer"),
     ):
         with pytest.raises(UserError, match=message):

@@ -26,6 +26,7 @@ __all__ = [
     "GranularSplit",
     "Grow",
     "MergeExperts",
+    "Modular",
     "MostLoaded",
     "PartialReinit",
     "Prune",
@@ -110,6 +111,27 @@ class GranularSplit(Upcycle):
         for name, value in (("top_k", self.top_k), *(("num_experts", n) for n in counts)):
             if value % self.granularity:
                 raise UserError(f"GranularSplit: {name} {value} is no multiple of granularity {self.granularity}")
+
+
+@config
+class Modular(Upcycle):
+    """Experts are slices of the dense layer behind a frozen random router, averaged (SMoE-Dropout, arXiv 2303.01610).
+
+    Outputs of slices are scaled by their number, so that the mean of all of them is the dense layer, and the mean of a
+    few an estimate of it, as in dropout. Train it with a schedule of top_k, evaluate it at any.
+    """
+
+    builds: ClassVar[str] = "moestro.convert.upcycle.methods:modular"
+    num_experts: int | tuple[int, ...] = 16
+    """Slices of each converted layer, N; its width is a multiple of it."""
+    top_k: int = 16
+    """Experts per token, K, where no schedule says it."""
+    weigh: Weigh | None = None
+    """How chosen experts are weighted; null = equally, 1 / K each; SoftmaxKept is the published rule, not exact."""
+    losses: tuple[Loss, ...] = ()
+    """Losses of the new layers; a router that never learns needs none."""
+    frozen: bool = True
+    """Whether the router never learns."""
 
 
 @config
@@ -331,6 +353,7 @@ class Grow(Conversion):
 METHODS: dict[str, type[Conversion]] = {
     "copy": Copy,
     "granular": GranularSplit,
+    "modular": Modular,
     "reinit": PartialReinit,
     "cluster": Cluster,
     "taylor": Taylor,

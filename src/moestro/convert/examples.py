@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..models.config import Block
 from ..nn.config import Attention
-from ..routers.config import Constant, Raw
+from ..routers.config import Constant, Raw, SoftmaxKept
 from .config import (
     AddExperts,
     Average,
@@ -17,6 +17,7 @@ from .config import (
     GranularSplit,
     Grow,
     MergeExperts,
+    Modular,
     MostLoaded,
     PartialReinit,
     Prune,
@@ -35,6 +36,8 @@ def examples() -> dict[str, Conversion]:
         "copy_raw": Copy(num_experts=4, weigh=Raw()),
         "granular": GranularSplit(num_experts=8, top_k=2, granularity=2),
         "granular_copies": GranularSplit(num_experts=8, top_k=4, granularity=2, router="centroids"),
+        "modular": Modular(num_experts=4, top_k=4),
+        "modular_half": Modular(num_experts=4, top_k=2, weigh=SoftmaxKept(), frozen=False),
         "reinit": PartialReinit(num_experts=4, share=0.5),
         "cluster": Cluster(num_experts=4, top_k=2),
         "cluster_all": Cluster(num_experts=4, top_k=4, by="activations", weigh=Constant(value=1.0)),

@@ -114,7 +114,7 @@ def _stack(model: Stack, layers: Mapping[str, Graft]) -> Stack:
     fill(made, state)
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        parameter.requires_grad_(parameter.requires_grad and name not in frozen)
     return made.train(model.training)
 
 

@@ -13,12 +13,12 @@ from ...routers.config import Constant
 from ..change.conduct import generator, watch
 from ..change.mlp import DenseMLP, Place
 from ..change.samples import Samples
-from ..config import Cluster, Copy, GranularSplit, PartialReinit, Taylor
+from ..config import Cluster, Copy, GranularSplit, Modular, PartialReinit, Taylor
 from ..receipt import ConversionError, Receipt
 from .neurons import importance, kmeans
 from .routed import Inputs, Layer, balanced_weigh, copies_weigh, router_rows, sums_to_one, upcycle
 
-__all__ = ["cluster", "copy", "granular", "reinit", "taylor"]
+__all__ = ["cluster", "copy", "granular", "modular", "reinit", "taylor"]
 
 Converted = tuple[nn.Module, Receipt]
 
@@ -51,10 +51,7 @@ def granular(options: GranularSplit, model: nn.Module, **given: Any) -> Converte
     G = options.granularity
 
     def make(place: Place, count: int, inputs: Inputs) -> Layer:
-        F = place.mlp.width
-        if F % G:
-            raise UserError(f"{place.path}: width {F} is no multiple of granularity {G}")
-        slices = [place.mlp.neurons(ids).scaled(G, bias_factor=1.0) for ids in torch.arange(F).view(G, -1)]
+        slices = _slices(place, G, "granularity")
         rows = router_rows(options, place, count // G, inputs)
         return Layer(
             experts=slices * (count // G),
@@ -80,6 +77,34 @@ def granular(options: GranularSplit, model: nn.Module, **given: Any) -> Converte
 
     claim = "each token meets each slice of the dense layer once per copy"
     return upcycle(options, model, make, claim, proof=proof, **given)
+
+
+def modular(options: Modular, model: nn.Module, **given: Any) -> Converted:
+    """N slices of F / N neurons, outputs times N, each with the whole bias; weights of the K chosen ones sum to 1.
+
+    Exact with all N taken at weight 1 / N. The published combine, a softmax over the kept logits, is near that where
+    logits are narrow; how the weights of a trained layer are split and rescaled for it was never published.
+    """
+    weigh = Constant() if options.weigh is None else options.weigh
+
+    def make(place: Place, count: int, inputs: Inputs) -> Layer:
+        return Layer(
+            experts=_slices(place, count, "num_experts"),
+            rows=router_rows(options, place, count, inputs),
+            weigh=weigh,
+            exact=options.top_k == count and weigh == Constant(),
+            frozen=options.frozen,
+        )
+
+    return upcycle(options, model, make, "the mean of all slices is the dense layer", **given)
+
+
+def _slices(place: Place, count: int, name: str) -> list[DenseMLP]:
+    """Equal parts of the layer, in order; their mean is the layer."""
+    F = place.mlp.width
+    if F % count:
+        raise UserError(f"{place.path}: width {F} is no multiple of {name} {count}")
+    return [place.mlp.neurons(ids).scaled(count, bias_factor=1.0) for ids in torch.arange(F).view(count, -1)]
 
 
 def reinit(options: PartialReinit, model: nn.Module, **given: Any) -> Converted:

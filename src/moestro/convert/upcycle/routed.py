@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...moe.config import MoELayer
-from ...routers.config import Constant, Linear, Raw, Renormalised, Router, TopK, Weigh
+from ...routers.config import Constant, Frozen, Linear, Raw, Renormalised, Router, TopK, Weigh
 from ..change.conduct import Claim, Made, choose, conduct, generator, watch
 from ..change.graft import Graft, graft
 from ..change.mlp import DenseMLP, Place, bank_of, find
@@ -27,15 +27,22 @@ __all__ = ["Layer", "assemble", "balanced_weigh", "one_in_all", "router_rows", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """What becomes of one dense layer. rows: [E, D] of the router. exact: whether its output is unchanged."""
+    """What becomes of one dense layer. rows: [E, D] of the router. exact: whether its output is unchanged. frozen:
+    whether the router never learns."""
 
     experts: Sequence[DenseMLP]
     rows: Tensor
     weigh: Weigh
     shared: DenseMLP | None = None
     exact: bool = False
+    frozen: bool = False
     invented: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def score(self) -> str:
+        """Path of the router's rows in the new layer."""
+        return "router.score.inner.weight" if self.frozen else "router.score.weight"
 
 
 Inputs = Callable[[str], Tensor]
@@ -83,7 +90,7 @@ def upcycle(
                 grafts[place.path], why = assemble(options, layer)
             layers.append(layer)
             rows = "small random values" if options.router == "random" else "centroids of what the layer sees"
-            invented[f"{place.path}.router.score.weight"] = rows
+            invented[f"{place.path}.{layer.score}"] = rows
             if layer.invented is not None:
                 names = [n for n in grafts[place.path].tensors if n.startswith("experts.")]
                 invented |= {f"{place.path}.{n}": layer.invented for n in names}
@@ -113,12 +120,13 @@ def assemble(options: Upcycle, layer: Layer) -> tuple[Graft, list[str]]:
     """(the routed layer, notes)."""
     bank, tensors, note = bank_of(layer.experts)
     named = {f"experts.{n}": t for n, t in tensors.items()}
-    named["router.score.weight"] = layer.rows.to(layer.experts[0].up)
+    named[layer.score] = layer.rows.to(layer.experts[0].up)
     shared = None
     if layer.shared is not None:
         shared, own, _ = bank_of([layer.shared])
         named |= {f"shared.{n}": t for n, t in own.items()}
-    router = Router(score=Linear(), select=TopK(k=options.top_k), weigh=layer.weigh)
+    score = Frozen(inner=Linear()) if layer.frozen else Linear()
+    router = Router(score=score, select=TopK(k=options.top_k), weigh=layer.weigh)
     count = len(layer.experts)
     config = MoELayer(num_experts=count, router=router, experts=bank, shared=shared, losses=options.losses)
     return Graft(routed=config, dim=layer.rows.shape[1], tensors=named), [] if note is None else [note]
