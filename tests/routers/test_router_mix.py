@@ -165,7 +165,7 @@ def test_noise_is_averaged_like_the_distribution() -> None:
     assert not torch.equal(plan.extra["noisy_logits"], plan.logits)
 
 
-@pytest.mark.parametrize("name", ["similarity-mix", "attention-mix"])
+@pytest.mark.parametrize("name", ["similarity-mix", "attention-mix", "attention-mix-posterior"])
 @pytest.mark.parametrize("window", [None, 5])
 def test_cached_equals_whole(name: str, window: int | None) -> None:
     """Prompts of unequal length, padded on the left, decoded token by token: the plans of the whole pass."""
@@ -211,7 +211,10 @@ def test_generation_is_that_of_whole_passes() -> None:
     assert generate(model, prompt, 6).tokens.tolist() == made
 
 
-@pytest.mark.parametrize(("mix", "kv"), [(SimilarityMix(), 4), (AttentionMix(), 4), (AttentionMix(), 2)])
+@pytest.mark.parametrize(
+    ("mix", "kv"),
+    [(SimilarityMix(), 4), (AttentionMix(), 4), (AttentionMix(), 2), (AttentionMix(heads="posterior"), 2)],
+)
 def test_flops_are_those_of_the_operations(mix: Mix, kv: int) -> None:
     """Nine ids in heads of width 4: the attention's kernel is called three times more."""
     moe = MoELayer(num_experts=9, router=Router(mix=mix), experts=Gated(width=8), losses=())
@@ -225,6 +228,59 @@ def test_flops_are_those_of_the_operations(mix: Mix, kv: int) -> None:
     with counter() as count:
         logits.sum().backward()
     assert count.get_total_flops() == 32 * (want.train_flops - want.flops)
+
+
+class Heads:
+    """Two heads: one sees the unit itself, the other the first unit."""
+
+    first = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0]], dtype=torch.float64)
+
+    def __init__(self, added: Tensor) -> None:
+        self.added = added
+
+    def __call__(self, v: Tensor, weight: Tensor) -> Tensor:
+        return weight[:, :1] * v + weight[:, 1:] * (self.first @ v)
+
+    def contributions(self) -> Tensor:
+        return self.added
+
+
+def test_posterior_of_heads_by_hand() -> None:
+    """H_ih = softmax_h(-|u_i - c_i^h|^2 / 2 sigma^2): squared distances 0 and 2 ln 3 sigma^2 give 3/4 and 1/4."""
+    sigma = 0.5
+    apart = (2 * math.log(3)) ** 0.5 * sigma * torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    near, far = R.clone(), R + apart
+    router = Router(mix=AttentionMix(heads="posterior", sigma=sigma), weigh=Raw(), select=TopK(k=1))
+    made = router.build(dim=3, num_experts=3).double()
+    with torch.no_grad():
+        made.score.weight.copy_(torch.eye(3))
+    own, first = R.softmax(-1), R.softmax(-1)[:1]
+    for heads, share in (((near, far), 0.75), ((far, near), 0.25), ((far, far), 0.5)):
+        found = probs(made, R, Signals(attend=Heads(torch.stack(heads, 1))))  # type: ignore[arg-type]
+        torch.testing.assert_close(found, share * own + (1 - share) * first)
+    far_off = router.replace(mix=AttentionMix(heads="posterior", sigma=1e6)).build(dim=3, num_experts=3).double()
+    far_off.load_state_dict(made.state_dict())
+    found = probs(far_off, R, Signals(attend=Heads(torch.stack((near, far), 1))))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, 0.5 * own + 0.5 * first)
+    with pytest.raises(UserError, match="knows its heads"):
+        made(R, Signals(attend=lambda v: v))
+
+
+def test_posterior_weights_are_causal_and_learn() -> None:
+    """In a decoder: a changed token leaves earlier choices alone, and gradients reach the attention's output map."""
+    router = build("attention-mix-posterior").config
+    moe = MoELayer(num_experts=8, router=router, experts=Gated(width=8), losses=())
+    model = models()["moe"].replace(moe=moe).build()
+    tokens = torch.arange(12)[None] % 7
+    other = tokens.clone()
+    other[0, 8] = 30
+    keep = Signals(keep=frozenset({"probs"}))
+    plans = [list(model(t, keep)[2].plans().values()) for t in (tokens, other)]
+    for a, b in zip(*plans, strict=True):
+        assert torch.equal(a.probs[:8], b.probs[:8])
+        assert not torch.equal(a.probs[8:], b.probs[8:])
+    plans[0][0].probs[:, 0].sum().backward()
+    assert model.layers[0].mixer.o.weight.grad.abs().sum() > 0
 
 
 def test_weights_of_logits_are_refused() -> None:

@@ -127,9 +127,13 @@ class Block(nn.Module):
         return y, carry.back("ffn", inner), trail.under("ffn")
 
     def extra_flops(self, seq_len: int) -> int:
-        """Of a router that averages over the attention: the whole kernel again, not only its last product."""
+        """Of a router that averages over the attention: the whole kernel again, not only its last product, and the
+        output map of every head where it asks for that."""
         mix, calls = self._looks()
-        return calls * self.mixer.extra_flops(seq_len) - mix.extra_flops(seq_len) if calls else 0
+        if not calls:
+            return 0
+        parts = 2 * self.mixer.o.weight.numel() if mix.posterior else 0
+        return calls * self.mixer.extra_flops(seq_len) - mix.extra_flops(seq_len) + parts
 
     def extra_backward_flops(self, seq_len: int) -> int:
         _, calls = self._looks()

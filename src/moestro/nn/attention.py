@@ -21,7 +21,7 @@ from .config import RMSNorm as RMSNormConfig
 from .linear import products
 from .mask import kernel_mask, per_row, visible
 from .norm import RMSNorm, plain
-from .operator import Operator, mean_map
+from .operator import Operator, by_head, mean_map
 from .relative import joined
 from .rotary import Rotary
 
@@ -44,9 +44,10 @@ class Attention(nn.Module):
     config.dropout: in training, entries of the attention maps are dropped by draws of `signals.seed` and the queries'
     unit ids; the operator below is without.
 
-    With `operator=True` the call returns a third value, the attention as an operator on the units: v [B*N, C] -> A v
+    With `operator=True` the call returns a third value, the attention as an `Operator` on the units: v [B*N, C] -> A v
     [B*S, C], the mean over heads of the attention map times v, where N >= the number of keys held are the last units
-    seen (N = S without a state). It costs one more kernel call when it is called, nothing otherwise.
+    seen (N = S without a state). It costs one more kernel call when it is called, nothing otherwise. What it says of
+    each head's contribution is without gate.
     """
 
     role = "attention"
@@ -126,11 +127,11 @@ class Attention(nn.Module):
             assert state is not None
             y = self._one(q, k, v, state, norms)
             if y is not None:
-                after = state.extended()
+                after, heads = state.extended(), y
                 y = self._out(y, gate, signals)
                 if not operator:
                     return y, after
-                return y, after, self._operator_of_one(q, k, norms is not None, state.length, after)
+                return y, after, self._operator_of_one(q, k, heads, norms is not None, state.length, after)
             if norms is not None:
                 q, k = self._normed(q, k)
         q = q.view(B, S, self.num_heads, self.head_dim)
@@ -159,10 +160,11 @@ class Attention(nn.Module):
             y = self._drop(q, k, v, mask, causal, signals, k.shape[2] - S)
         else:
             y = self._attend(q, k, v, mask, causal)
-        y = self._out(y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim), gate, signals)
+        heads = y.transpose(1, 2).reshape(B, S, self.num_heads * self.head_dim)
+        y = self._out(heads, gate, signals)
         if not operator:
             return y, state
-        return y, state, self._operator(q, k, mask, causal)
+        return y, state, self._operator(q, k, heads, mask, causal)
 
     def _out(self, y: Tensor, gate: Tensor | None, signals: Signals | None) -> Tensor:
         """The heads' outputs [B, S, H*d], each times its gate, through the output map."""
@@ -220,18 +222,22 @@ class Attention(nn.Module):
             q, k, v, state.key, state.value, state.held, first=first, norms=norms, scale=self.scale, **rotation
         )
 
-    def _operator_of_one(self, q: Tensor, k: Tensor, raw: bool, start: int, after: KVCache) -> Operator:
-        def attend(value: Tensor) -> Tensor:
+    def _operator_of_one(self, q: Tensor, k: Tensor, heads: Tensor, raw: bool, start: int, after: KVCache) -> Operator:
+        def attend(value: Tensor, weight: Tensor | None) -> Tensor:
             turned = (self._normed(q, k)[0] if raw else q).unflatten(2, (-1, self.head_dim))
             if self.positions is not None:
                 turned, _ = self.positions(turned, turned, None, start)
             keys = after.seen()[0] if self.window is None else after.seen()[0][:, :, -self.window :]
-            return self._operator(turned.transpose(1, 2), keys, None, False)(value)
+            return self._operator(turned.transpose(1, 2), keys, heads, None, False)(value, weight)
 
-        return attend
+        return Operator(attend, lambda: self._parts(heads))
 
-    def _operator(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> Operator:
-        return mean_map(lambda v: self._attend(q, k, v, mask, causal), q, k)
+    def _operator(self, q: Tensor, k: Tensor, heads: Tensor, mask: Tensor | None, causal: bool) -> Operator:
+        return mean_map(lambda v: self._attend(q, k, v, mask, causal), q, k, lambda: self._parts(heads))
+
+    def _parts(self, heads: Tensor) -> Tensor:
+        """What each head adds, of the heads' outputs [B, S, H*d]."""
+        return by_head(heads.unflatten(2, (self.num_heads, self.head_dim)), self.o)
 
     def new_state(self, capacity: int) -> KVCache:
         """An empty cache for at most `capacity` tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -16,7 +17,7 @@ from .config import YaRN
 from .linear import products
 from .mask import kernel_mask, per_row
 from .norm import RMSNorm
-from .operator import Operator, mean_map
+from .operator import Kernel, Operator, by_head, mean_map
 
 __all__ = ["LatentAttention"]
 
@@ -90,11 +91,12 @@ class LatentAttention(nn.Module):
             q, k, v, out = self._absorbed(q, latent)
         else:
             q, k, v, out = self._expanded(q, latent, signals if fresh else None)
-        y = out(self._attend(q, k, v, mask, causal))
-        (y,) = products(y.transpose(1, 2).reshape(B, S, -1), self.o, signals=signals)
+        heads = out(self._attend(q, k, v, mask, causal)).transpose(1, 2)
+        (y,) = products(heads.reshape(B, S, -1), self.o, signals=signals)
         if not operator:
             return y, state
-        return y, state, mean_map(lambda value: self._attend(q, k, value, mask, causal), q, k)
+        kernel = partial(self._attend, q, k, mask=mask, causal=causal)
+        return y, state, mean_map(kernel, q, k, partial(by_head, heads, self.o))
 
     def _projected(
         self, x: Tensor, position: Tensor | None, start: int, signals: Signals | None
@@ -113,7 +115,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q_plain, q_turned), dim=-1).transpose(1, 2)
         return q, torch.cat((self.kv_norm(latent), k_turned[:, :, 0]), dim=-1)[:, None]
 
-    def _expanded(self, q: Tensor, latent: Tensor, signals: Signals | None) -> tuple[Tensor, Tensor, Tensor, Operator]:
+    def _expanded(self, q: Tensor, latent: Tensor, signals: Signals | None) -> tuple[Tensor, Tensor, Tensor, Kernel]:
         """Queries, keys and values of all heads, equally wide, and what makes [B, H, S, d_v] of the kernel's output.
 
         The fast kernels want one width: the narrower ones get zeros behind them.
@@ -128,7 +130,7 @@ class LatentAttention(nn.Module):
         q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
         return q, k, v, lambda y: y[..., : c.value_dim]
 
-    def _absorbed(self, q: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Operator]:
+    def _absorbed(self, q: Tensor, latent: Tensor) -> tuple[Tensor, Tensor, Tensor, Kernel]:
         """The same for one key head of width r + d_r, which is also the value; of the output the last d_r are idle."""
         c = self.config
         # [H, d_n, r] and [H, d_v, r]

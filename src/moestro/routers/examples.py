@@ -15,6 +15,7 @@ def examples() -> dict[str, cfg.Router]:
         # score x top-k
         "linear": cfg.Router(),
         "linear-bias-top1-raw": cfg.Router(score=cfg.Linear(bias=True), select=cfg.TopK(k=1), weigh=raw),
+        "linear-one-hot": cfg.Router(score=cfg.Linear(init_std=1.0), weigh=cfg.Renormalised(epsilon=1e-9)),
         "linear-top3-softmax-kept": cfg.Router(select=cfg.TopK(k=3), weigh=cfg.SoftmaxKept()),
         "linear-top6": cfg.Router(select=cfg.TopK(k=6)),
         "linear-sigmoid": cfg.Router(activation="sigmoid"),
@@ -31,6 +32,7 @@ def examples() -> dict[str, cfg.Router]:
         "fixed-noise": cfg.Router(score=cfg.FixedNoise(), weigh=raw),
         # other selections
         "top-p": cfg.Router(select=cfg.TopP(p=0.4, max_k=4), weigh=raw),
+        "top-p-released": cfg.Router(select=cfg.TopP(p=0.4, expected=2.5, as_released=True), weigh=raw),
         "top-p-cosine": cfg.Router(score=cfg.Cosine(), select=cfg.TopP(p=0.6)),
         "expert-choice": cfg.Router(select=cfg.ExpertChoiceSelect(capacity_factor=2.0), weigh=raw),
         "expert-choice-segment": cfg.Router(
@@ -41,13 +43,13 @@ def examples() -> dict[str, cfg.Router]:
         "random-token": cfg.Router(score=cfg.Uniform(), select=cfg.Random(k=2), weigh=cfg.Constant()),
         "random-sequence": cfg.Router(score=cfg.Uniform(), select=cfg.Random(level="sequence"), weigh=cfg.Constant()),
         "random-batch": cfg.Router(score=cfg.Uniform(), select=cfg.Random(level="batch"), weigh=cfg.Constant()),
-        "partition": cfg.Router(score=cfg.Uniform(), select=cfg.Partition(), weigh=cfg.Constant()),
-        "gumbel": cfg.Router(select=cfg.Gumbel(k=2)),
         "random-released": cfg.Router(
             score=cfg.Uniform(),
             select=cfg.Random(level="batch", evaluation="sequence", as_released=True),
             weigh=cfg.Constant(),
         ),
+        "partition": cfg.Router(score=cfg.Uniform(), select=cfg.Partition(), weigh=cfg.Constant()),
+        "gumbel": cfg.Router(select=cfg.Gumbel(k=2)),
         "gumbel-always": cfg.Router(score=cfg.MLP(hidden=12), select=cfg.Gumbel(k=1, when="always"), weigh=raw),
         "sparse-mixer": cfg.Router(select=cfg.SparseMixer(epsilon=0.3), weigh=cfg.NearBest(epsilon=0.3)),
         "sparse-mixer-top1": cfg.Router(select=cfg.SparseMixer(k=1, epsilon=0.6), weigh=cfg.NearBest(epsilon=0.6)),
@@ -72,6 +74,7 @@ def examples() -> dict[str, cfg.Router]:
             weigh=raw,
         ),
         "attention-mix": cfg.Router(mix=cfg.AttentionMix()),
+        "attention-mix-posterior": cfg.Router(mix=cfg.AttentionMix(heads="posterior", sigma=0.5)),
         # limits
         "capacity": cfg.Router(limit=capacity),
         "capacity-first-choices": cfg.Router(limit=capacity.replace(priority=cfg.FirstChoices())),
@@ -80,6 +83,7 @@ def examples() -> dict[str, cfg.Router]:
         "capacity-recycle": cfg.Router(weigh=raw, limit=capacity.replace(priority=cfg.Recycle())),
         "capacity-fixed": cfg.Router(select=cfg.TopK(k=1), weigh=raw, limit=cfg.FixedCapacity(size=2)),
         "capacity-segment": cfg.Router(limit=capacity.replace(per="segment")),
+        "capacity-down": cfg.Router(limit=capacity.replace(per="segment", rounding="down")),
         "gshard": cfg.Router(limit=cfg.RandomSecond(then=capacity.replace(priority=cfg.FirstChoices()))),
         # virtual ids and subsets
         "null": cfg.Router(select=top2, weigh=raw, virtual=("null",)),

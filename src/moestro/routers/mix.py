@@ -10,6 +10,8 @@ before lie there, so a cached pass equals the whole one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -95,17 +97,22 @@ class SimilarityMixStep(MixStep):
 
 
 class AttentionMixStep(MixStep):
-    """probs' = A probs, A = mean over heads of the attention before the layer (uniform weights of heads).
+    """probs' = A probs, A = sum over heads of H_ih A^h of the attention before the layer; H_ih = 1 / heads, or the
+    posterior of head h: softmax over h of -|u_i - c_i^h|^2 / (2 sigma^2), c_i^h what the head adds to unit i's
+    attention output and u_i what the router reads (uniform prior).
 
-    Rows of A sum to 1, or to less where the attention has sinks. A is never made: `signals.attend` applies it, v -> A
-    v, by one more call of the attention's kernel, in the dtype of its queries. Gradients flow through A as well. FLOPs
-    are counted as those of A v; the kernel computes its scores anew, which blocks count (`models.decoder.Block`).
+    Rows of A sum to 1, or to less where the attention has sinks. A is never made: `signals.attend` (`nn.operator`)
+    applies it, v -> A v, by one more call of the attention's kernel, in the dtype of its queries. Gradients flow
+    through A and H as well. FLOPs are counted as those of A v; the kernel computes its scores anew, and contributions
+    of heads take as much as its output map: blocks count both (`models.decoder.Block`).
     """
 
     needs = ("attend",)
 
     def __init__(self, config: cfg.AttentionMix, dim: int, num_ids: int) -> None:
         super().__init__()
+        self.config = config
+        self.posterior = config.heads == "posterior"
         self.num_ids = num_ids
 
     def forward(self, scores: Scores, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
@@ -119,13 +126,27 @@ class AttentionMixStep(MixStep):
             state = carry.mine.extend(r[..., :0], r, None, None)
             seen = state.seen()[1].reshape(-1, table.shape[1])
             carry = carry.keep(state)
-        return _mixed(scores, signals.attend(seen)), carry
+        weight = (self._weight(signals.attend, x),) if self.posterior else ()
+        return _mixed(scores, signals.attend(seen, *weight)), carry
+
+    def _weight(self, attend: Any, x: Tensor) -> Tensor:
+        """[T, H] posterior of heads; |u|^2 is the same for all of them."""
+        if not hasattr(attend, "contributions"):
+            raise UserError(
+                'AttentionMix: heads="posterior" needs a `signals.attend` that knows its heads\' contributions'
+            )
+        c = attend.contributions().to(x.dtype)
+        near = 2 * (x[:, None] * c).sum(-1) - c.square().sum(-1)
+        return (near / (2 * self.config.sigma**2)).softmax(-1)
 
     def new_state(self, capacity: int) -> KVCache:
         return KVCache(capacity=capacity)
 
     def extra_flops(self, seq_len: int) -> int:
         return 2 * seq_len * self.num_ids
+
+    def extra_repr(self) -> str:
+        return f"heads={self.config.heads}"
 
 
 def _shape(signals: Signals, x: Tensor) -> tuple[int, int]:

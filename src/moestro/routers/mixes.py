@@ -36,3 +36,10 @@ class AttentionMix(Mix):
     encoders give their routed layers."""
 
     builds: ClassVar[str] = "moestro.routers.mix:AttentionMixStep"
+    heads: Literal["mean", "posterior"] = "mean"
+    """How heads count: equally, or each unit's by how near their contribution comes to what the router reads."""
+    sigma: float = 1.0
+    """Posterior: standard deviation of what the router reads round a head's contribution; larger = more equal."""
+
+    def __post_init__(self) -> None:
+        self.positive("sigma")

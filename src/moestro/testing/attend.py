@@ -9,13 +9,17 @@ __all__ = ["Map", "causal_map"]
 
 
 class Map:
-    """v [T, C] -> A v [T, C] for an explicit A [T, T], in the dtype of v."""
+    """v [T, C] -> A v [T, C] for an explicit A [T, T], in the dtype of v; of one head, which adds nothing."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
 
-    def __call__(self, v: Tensor) -> Tensor:
-        return self.matrix.to(v.device, v.dtype) @ v
+    def __call__(self, v: Tensor, weight: Tensor | None = None) -> Tensor:
+        made = self.matrix.to(v.device, v.dtype) @ v
+        return made if weight is None else made * weight
+
+    def contributions(self) -> Tensor:
+        return self.matrix.new_zeros(self.matrix.shape[0], 1, 1)
 
     def take(self, index: Tensor) -> Map:
         """The map among some of the units, which see nobody else."""
