@@ -43,11 +43,6 @@ PARTS: dict[str, dict[str, str]] = {
         "multiple-negatives loss": "moestro.losses.pair_config:MNR",
         "objective of pairs": "moestro.tasks.objectives:MatchPairs",
     },
-    "smoe-dropout": {
-        "frozen random score": "moestro.routers.config:Frozen",
-        "softmax over kept": "moestro.routers.config:SoftmaxKept",
-        "schedule of the number of experts": "moestro.train.knobs:LinearRamp",
-    },
     "ewa": {
         "random partition": "moestro.routers.config:Partition",
         "averaging after a step": "moestro.optim.config:ExpertAveraging",
