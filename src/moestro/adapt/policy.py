@@ -108,10 +108,10 @@ def parameter_groups(model: nn.Module, options: Mapping[str, Mapping[str, Any]] 
 
 
 def _loads(model: nn.Module) -> list[Any]:
-    """Parts of routers whose state follows the load."""
+    """Parts of the model's routers, not of those that adapters brought, whose state follows the load."""
     from ..routers.loss_free import LossFreeSelect
 
-    return [m for m in model.modules() if isinstance(m, LossFreeSelect)]
+    return [m for n, m in model.named_modules() if isinstance(m, LossFreeSelect) and not _in_adapter(model, n)]
 
 
 def _never_trained(model: nn.Module) -> set[str]:

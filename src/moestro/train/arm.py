@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapt.attach import attach
 from ..adapt.policy import apply_policy
 from ..core.account import cost
 from ..core.errors import UserError
@@ -22,6 +23,7 @@ from ..trace.metrics import load_entropy, max_violation
 from ..trace.record import Recorder
 from ..trace.watch import Watch
 from . import observe
+from .adapters import seen
 from .config import TrainRun
 from .evaluate import Sampled, bits_per_byte, evaluate
 from .knobs import knobs_at
@@ -56,10 +58,12 @@ class Arm:
         self.name, self.config, self.ranks, self.store, self.observer = name, config, ranks, store, observer
         self.batches, self.recorder, self._shown = batches, recorder, shown
         self.model = config.model.build().to(ranks.device)
+        if config.adapters is not None:
+            attach(self.model, config.adapters)
         ranks.copy_first(list(tensors_of(self.model).values()))
         self._routers()
         check_knobs(config.knobs, self.model, config.steps)
-        self.objective = config.objective.build()
+        self.objective = seen(config.objective.build(), self.model)
         self.optimizer = config.optimizer.build(self.model)
         self.gradients = Gradients(self.model, self.objective, batches, config, ranks)
         hooks = [hook.build(self.model, config.steps) for hook in config.after]
@@ -73,8 +77,13 @@ class Arm:
 
     def _routers(self) -> None:
         """Set what routers do, and say it, with the losses' coefficients."""
-        report = apply_policy(self.model, self.config.routers)
-        if self.ranks.first and self.config.routers != "train":
+        adapted = self.config.adapters
+        policy = self.config.routers if adapted is None else adapted.router
+        report = apply_policy(self.model, policy)
+        if self.ranks.first and adapted is not None:
+            moving = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            self.observer.on_message(f"{self.name}: adapters, {moving:,} parameters train")
+        if self.ranks.first and policy != "train":
             for line in report.lines:
                 self.observer.on_message(f"{self.name}: {line}")
         if self.config.frozen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ..adapt.config import Adapter
 from ..core.config import Config, config
 from ..core.errors import UserError
 from ..models.config import Decoder, EncoderDecoder, Headed
@@ -50,6 +51,9 @@ class TrainRun(Config):
     start: str = ""
     """Folder of the weights to begin with: a run, or a checkpoint folder (transformers' or ours); empty = none, weights
     are drawn. The model is that of the folder, its vocabulary too, and there is no twin. Language models only."""
+    adapters: Adapter | None = None
+    """Adapters on the weights to begin with, which then stay as they are (adapt.LoRA, adapt.Mixture; their `router`
+    says what the model's routers do, and their seed is the run's); None = the whole model trains."""
     twin: bool = True
     """Train the dense twin of equal active FLOPs per token beside it, for comparison."""
     data: Material = StandardLibrary()
@@ -111,6 +115,8 @@ class TrainRun(Config):
             raise UserError(
                 "TrainRun.start: weights are given for the model but not for its dense twin; set twin=False"
             )
+        if self.adapters is not None and self.twin:
+            raise UserError("TrainRun.adapters: they go on given weights, and the dense twin has none; set twin=False")
         context = context_of(self.model)
         if self.seq_len > context:
             where = {EncoderDecoder: "encoder.context and model.decoder.context", Headed: "encoder.context"}

@@ -17,6 +17,7 @@ from ..serve.generate import generate
 from ..serve.translate import translate
 from ..tasks.config import Corpus, LabelledTexts, SpanQuestions, TextPairs, Translations
 from ..trace.read import read
+from .adapters import export, family
 from .compare import Line
 from .config import TrainRun
 from .layout import Layout
@@ -54,12 +55,26 @@ def finish(
         other.commit(complete=True)
     main.put({"summary.json": {"table": [line.to_dict() for line in lines]}})
     main.commit(complete=True)
+    if config.adapters is not None:
+        _adapter(config, main, say)
     if config.report:
         samples = list(_samples([line.name for line in lines], main.layout, material, say))
         data = report_data(config, main.layout, lines, material, samples, command)
         write(main.layout.report, data)
         main.put({"report.html": None})
         main.commit(complete=True)
+
+
+def _adapter(config: TrainRun, main: Store, say: Callable[[str], None]) -> None:
+    """The best model's adapters, in files of their own."""
+    place = main.layout / "adapter"
+    try:
+        export(load(main.layout.root).model, place, to=family(config.start), base=config.start)
+    except UserError as error:
+        say(f"adapter/ is not written: {error}")
+        return
+    main.put({f"adapter/{path.name}": None for path in sorted(place.iterdir())})
+    main.commit(complete=True)
 
 
 def report_data(

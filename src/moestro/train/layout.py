@@ -9,6 +9,7 @@
     state/step-00000100/   the last state, complete: model.safetensors, optimizer.safetensors, rng.safetensors,
                            progress.json; an older one is removed after a newer one is complete
     trace.safetensors      the routing of some held-out text by the best model
+    adapter/               of runs with adapters: these alone, best in validation (see `adapters.export`)
     report.html            pictures and tables, self-contained
     summary.json           the final table
     tensorboard/           event files, where tensorboard is installed
@@ -45,7 +46,7 @@ __all__ = ["OURS", "TWIN", "Layout", "claim", "is_run"]
 TWIN = "dense"
 OURS = (
     *("config.json", "corpus.json", "tokenizer.json", "metrics.jsonl", "model.safetensors", "state"),
-    *("trace.safetensors", "report.html", "summary.json", "tensorboard", "manifest.json", TWIN, "text"),
+    *("trace.safetensors", "adapter", "report.html", "summary.json", "tensorboard", "manifest.json", TWIN, "text"),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..adapt.attach import attach
 from ..core.errors import UserError
 from ..tasks.config import Examples
 from ..tasks.tokenizer import Tokenizer
@@ -56,6 +57,8 @@ def load(folder: str | Path, *, state: Literal["best", "last"] = "best", device:
     best = state == "best" and "model.safetensors" in manifest.files
     path = manifests.resolve(root, manifest, "model.safetensors" if best else f"state/{last}/model.safetensors")
     model = config.model.build()
+    if config.adapters is not None:
+        attach(model, config.adapters)
     load_weights(model, read_tensors(path), path)
     try:
         model = model.to(torch.device(device)).eval()

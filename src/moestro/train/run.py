@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..adapt.config import Mixture
 from ..core.errors import UserError
 from ..trace.record import Recorder
 from . import manifest as manifests
@@ -81,6 +82,8 @@ def run(
     observer = progress or Observer()
     if config is None:
         config = _recorded(Path(str(out)))
+    if config.adapters is not None and not config.start:
+        raise UserError("adapters need weights to go on; name their folder with start")
     with joined(config.device) as ranks, _own_randomness(), _threads(config.threads), listening() as stop:
         layout = Layout(ranks.agree(Path(out) if out is not None else _default(name)))
         ranks.together(lambda: claim(layout.root, resume))
@@ -98,7 +101,8 @@ class _Run:
         self.stores: dict[Path, Store] = ranks.together(self._open) or {}
         self.material = open_material(config, recorded, layout, ranks, observer.on_message)
         model = self.material.fill(config)
-        self.config = config.replace(model=model)
+        adapters = None if config.adapters is None else config.adapters.replace(seed=config.seed)
+        self.config = config.replace(model=model, adapters=adapters)
         if recorded is not None:
             found = settings.check(recorded, self.config, manifests.read(layout.root).step)
             if found:
@@ -122,9 +126,7 @@ class _Run:
 
         lines = self._lines(arms)
         say = self.observer.on_message
-        self.ranks.together(
-            lambda: finish(self.config, self.stores, lines, self.material, self.command, say)
-        )
+        self.ranks.together(lambda: finish(self.config, self.stores, lines, self.material, self.command, say))
         return self._result(arms, True)
 
     # Parts --------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ class _Run:
         seen = self.material.seen(config.seq_len)
         store = self.stores.get(layout.root)
         recorder = None
-        if store is not None and is_routed(config.model):
+        if store is not None and (is_routed(config.model) or isinstance(config.adapters, Mixture)):
             recorder = self._recorder(config, store, seen)
         feed = self.material.feed(config)
         arm = Arm(name, config, feed, self.ranks, store, self.observer, recorder, seen)

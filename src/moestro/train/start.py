@@ -10,6 +10,7 @@ from torch import nn
 from ..convert.checkpoint.family import canonical, difference
 from ..convert.loading import load as load_checkpoint
 from ..core.errors import UserError
+from .adapters import added
 from .layout import is_run
 from .load import load as load_run
 from .weights import load_weights, tensors_of
@@ -20,7 +21,8 @@ __all__ = ["start"]
 def start(model: nn.Module, folder: str) -> None:
     """Put the weights of `folder` (a run's best, or those of a transformers or Moestro checkpoint) into the model.
 
-    Stored in fewer bits, they become the model's dtype. Raises `UserError` where the folder cannot be read or holds a
+    Stored in fewer bits, they become the model's dtype. Adapters of the model begin as they are or, where the folder is
+    of a run with the same ones, as they are there. Raises `UserError` where the folder cannot be read or holds a
     model that computes something else: its config must be that of the model, but for what concerns training only.
     """
     root = Path(folder)
@@ -33,4 +35,4 @@ def start(model: nn.Module, folder: str) -> None:
         raise UserError(
             f"start: the model of {folder} is another one than that of this run: {other}; leave the model's options out"
         )
-    load_weights(model, tensors_of(found), root)
+    load_weights(model, {**added(model), **tensors_of(found)}, root)

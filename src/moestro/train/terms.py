@@ -37,6 +37,8 @@ def declared(model: nn.Module) -> list[Declared]:
         router = getattr(module, "router", module)
         if isinstance(router, nn.Module) and any(p.requires_grad for p in router.parameters()):
             found += [Declared(path, loss.name) for loss in losses if getattr(loss, "coefficient", 0)]
+            if getattr(module, "pooled_coefficient", 0):  # adapters: one term for all maps of a layer
+                found += [Declared(module.pool, loss.name) for loss in losses]  # type: ignore[arg-type]
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import UserError, did_you_mean
 from ..config import TrainRun
-from . import dynamic_routing, growing, language, optimal_sparsity, routing
+from . import adapters, dynamic_routing, growing, language, optimal_sparsity, routing, translation
 
 __all__ = ["DEFAULT", "PRESETS", "preset"]
 
@@ -14,10 +14,12 @@ DEFAULT = "stdlib"
 
 PRESETS: dict[str, Callable[[], TrainRun]] = {
     **language.PRESETS,
+    **adapters.PRESETS,
     **routing.PRESETS,
     **optimal_sparsity.PRESETS,
     **dynamic_routing.PRESETS,
     **growing.PRESETS,
+    **translation.PRESETS,
 }
 
 
