@@ -17,10 +17,10 @@ from ..routers.config import Raw, Renormalised, Router, Select, TopK, TopP
 from .catalogue import entry
 from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Job, Lines, Outcome, Paper, Published
 
-S, B, E = 128, 16, 8
+S, B, E = 128, 8, 16
 DOMAINS = ("gutenberg_domains", "gsm8k", "bbh")
-EXPECTED = 2.5  # experts per token that the arms' FLOPs are counted with: the mean over a trial's updates
-SWEEP = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+EXPECTED = 2.8  # experts per token that top-p arms are counted with: the mean over the updates of a trial
+SWEEP = (0.2, 0.4, 0.6, 0.8)
 
 
 def decoder(select: Select, beta: float | None, smoke: bool) -> Decoder:
@@ -43,9 +43,9 @@ def arms(smoke: bool) -> list[Arm]:
 
     top1, top2 = (decoder(TopK(k=k), None, smoke) for k in (1, 2))
     return [
-        dynamic("dynamic", "top-p 0.4, entropy loss 1e-4", 1e-4),
-        dynamic("beta 0", "top-p 0.4, no entropy loss", 0.0),
-        dynamic("beta 1e-3", "top-p 0.4, entropy loss 1e-3", 1e-3),
+        dynamic("dynamic", "top-p 0.4, entropy loss 1e-3", 1e-3),
+        dynamic("beta 1e-4", "the published coefficient, 1e-4", 1e-4),
+        dynamic("beta 0", "no entropy loss", 0.0),
         Arm(name="top-1", about="one expert per token", model=top1, seq_len=S),
         Arm(name="top-2", about="two experts per token", model=top2, seq_len=S),
         Arm(name="top-2 flops", about="top-2 at the system's FLOPs", model=top2, seq_len=S, equal="flops"),
@@ -109,7 +109,7 @@ def measured(model: Any, batches: Any, split: str, smoke: bool, p: float | None 
     from ..core.signals import Signals
     from ..trace.spending import quantile_labels, spent
 
-    made = [b for d in range(len(DOMAINS)) for b in batches.held_out(d, 1, split, 2 if smoke else 48)]
+    made = [b for d in range(len(DOMAINS)) for b in batches.held_out(d, 1, split, 2 if smoke else 40)]
     tokens, targets, domain = (torch.cat([getattr(b, n) for b in made]) for n in ("tokens", "targets", "domain"))
     each = domain[:, None].expand(tokens.shape).reshape(-1)
     with torch.no_grad():
@@ -192,10 +192,10 @@ print("experts per token:", float(trail[("", 0)].demand.sum()) / 64)""",
     sample=sample,
     arms=arms,
     system="dynamic",
-    updates=800,
+    updates=1100,
     train=train,
     grid=(4e-3, 8e-3),
-    tuning=0.25,
+    tuning=0.2,
     figures={
         "bits": "bits per byte, mean over domains, lower is better",
         **{f"bits_{name}": f"the same of {name}" for name in DOMAINS},
@@ -229,5 +229,16 @@ print("experts per token:", float(trail[("", 0)].demand.sum()) / 64)""",
     counted=counted,
     picture=Lines(curve="experts", x="update", y="experts per token"),
     preset="dynamic-routing",
-    notes=(),
+    notes=(
+        "Bytes of books, worked problems and task prompts, as many of each; 16 experts of width 64 in 3 layers, 1100 "
+        "updates of 1024 bytes. The paper trains on 100 billion tokens.",
+        "Entropy loss of 1e-3 where the paper has 1e-4, since training is much shorter: in a trial of "
+        "450 updates 1e-3 left 2.91 experts per token, none 3.00. The published coefficient is an arm beside it.",
+        "FLOPs of top-p arms are counted at 2.8 experts per token, the mean of a trial's training; experts_train says "
+        "what runs took. Training begins with 6 experts of 16, so at equal FLOPs top-2 gets more updates, not fewer.",
+        "Losses are summed over layers; F is the share of tokens that chose an expert: L_b is the mean number of "
+        "experts where all is uniform. The paper does not say either.",
+        "1.76 experts per token are 0.88 of top-2's in the experts alone; with attention and embeddings 0.91.",
+        "Difficulty of a token is the model's own loss.",
+    ),
 )
