@@ -24,9 +24,9 @@ RAMP = LinearRamp(start=EXPERTS // 2, end=EXPERTS)
 
 
 def decoder(ffn: PlainFeedForward | MoELayer, smoke: bool) -> Decoder:
-    sizes = {"dim": 16, "num_layers": 1} if smoke else {"dim": DIM, "num_layers": LAYERS}
-    kind = "moe" if isinstance(ffn, MoELayer) else "ffn"
-    return Decoder(vocab_size=262, context=S, init_std=None, **sizes, **{kind: ffn})
+    parts: dict[str, Any] = {"moe" if isinstance(ffn, MoELayer) else "ffn": ffn}
+    parts |= {"dim": 16, "num_layers": 1} if smoke else {"dim": DIM, "num_layers": LAYERS}
+    return Decoder(vocab_size=262, context=S, init_std=None, **parts)
 
 
 def experts(k: int, frozen: bool, scale: float = EXPERTS**0.5) -> MoELayer:
@@ -99,7 +99,8 @@ def train(job: Job) -> Outcome:
 
     few = bool(job.arm.options.get("few"))
     data, size, windows = job.data[few], 2 if job.smoke else B, 2 if job.smoke else 128 if few else 24
-    model = job.arm.model.replace(seed=job.seed).build()
+    config: Any = job.arm.model
+    model = config.replace(seed=job.seed).build()
     knobs = (RAMP,) if "grows" in job.arm.options else ()
     fit(model, NextToken().build(), lambda t: data.train(t + 100_000 * job.seed, size), job, knobs=knobs)
 
@@ -107,7 +108,7 @@ def train(job: Job) -> Outcome:
         return mean(domain_bits(model, data, split, windows, Signals(knobs=knobs)).values())
 
     figures = {"bits": bits("test")}
-    if job.arm.model.moe is not None:
+    if config.moe is not None:
         figures |= {f"K {k}": bits("test", top_k=k) for k in SHOWN}
         figures["redundancy"] = mean(found.cosine for found in diversity_of_model(model).values())
     curve = [(float(k), figures.get(f"K {k}", figures["bits"])) for k in SHOWN]
