@@ -10,7 +10,8 @@ from .paper import Agree, Arm, Bars, Claim, Counted, Difference, Job, Outcome, P
 
 SENTENCES = 32  # per update
 TRAIN, HELD_OUT = 2000, 500  # pairs that are trained on; of validation and test, each
-VOCABULARY, LENGTH = 2000, 48
+VOCABULARY, LENGTH = 1000, 48
+LAYERS, DIM, ALPHA = 1, 64, 5.0
 DRAWS = tuple(range(10))
 
 EXAMPLE = """
@@ -58,21 +59,21 @@ def arms(smoke: bool) -> list[Arm]:
     from ..routers.config import Raw, Router, TopK
     from ..train.presets.translation import thor_model
 
-    sizes = {"dim": 16, "width": 16, "num_heads": 2} if smoke else {"dim": 64, "width": 128, "num_heads": 4}
-    sizes |= {"vocab_size": VOCABULARY, "context": LENGTH, "dropout": 0.1}
-    thor, two, dense = (thor_model(n, **sizes) for n in (4, 2, 1))
+    sizes = {"dim": 16, "width": 16, "num_heads": 2} if smoke else {"dim": DIM, "width": 2 * DIM, "num_heads": 4}
+    sizes |= {"num_layers": LAYERS, "vocab_size": VOCABULARY, "context": LENGTH, "dropout": 0.1}
+    thor, four, dense = (thor_model(n, **sizes) for n in (2, 4, 1))
     top1 = Router(select=TopK(k=1), weigh=Raw())
-    switch = thor_model(4, top1, (SwitchBalance(coefficient=0.01),), **sizes)
+    switch = thor_model(2, top1, (SwitchBalance(coefficient=0.01),), **sizes)
     both, once = {"seq_len": 20, "passes": 2}, {"seq_len": 20, "equal": "flops"}
-    alpha, random = {"alpha": 5.0}, {"random": True}
+    alpha, random = {"alpha": ALPHA}, {"random": True}
     return [
-        Arm(name="thor", about="4 random experts, alpha 5", model=thor, options=alpha | random, **both),
-        Arm(name="thor-2", about="2 random experts, alpha 5", model=two, options=alpha | random, **both),
-        Arm(name="r-drop", about="1 expert, alpha 5", model=dense, options=alpha, **both),
+        Arm(name="thor", about=f"2 random experts, alpha {ALPHA:g}", model=thor, options=alpha | random, **both),
+        Arm(name="thor-4", about=f"4 random experts, alpha {ALPHA:g}", model=four, options=alpha | random, **both),
+        Arm(name="r-drop", about=f"1 expert, alpha {ALPHA:g}", model=dense, options=alpha, **both),
         Arm(name="dense", about="Transformer", model=dense, **once),
         Arm(name="dense-short", about="Transformer, as many updates as thor", model=dense, seq_len=20),
-        Arm(name="switch", about="4 experts, learned top-1, balance 0.01", model=switch, **once),
-        Arm(name="random", about="4 random experts, one pass", model=thor, options=random, **once),
+        Arm(name="switch", about="2 experts, learned top-1, balance 0.01", model=switch, **once),
+        Arm(name="random", about="2 random experts, one pass", model=thor, options=random, **once),
     ]
 
 
@@ -213,6 +214,7 @@ PAPER = Paper(
         ),
     ),
     counted=counted,
+    preset="thor",
     notes=(
         "4,000 of the 29,000 pairs are trained on, so that every arm sees them several times: the paper's gains are on "
         "low-resource pairs.",

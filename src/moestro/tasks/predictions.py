@@ -47,14 +47,16 @@ def nats(predictions: Sequence[Prediction], smoothing: float = 0.0) -> tuple[Ten
     for said, target, weight in predictions:
         wide = said.to(torch.float64 if said.dtype == torch.float64 else torch.float32)
         with torch.autocast(said.device.type, enabled=False):
-            own = F.cross_entropy(wide, target, ignore_index=-1, reduction="sum", label_smoothing=smoothing) * weight
+            logs = F.log_softmax(wide, dim=-1)
+            own = F.nll_loss(logs, target, ignore_index=-1, reduction="sum") * weight
+            plain.append(own.detach())
+            if smoothing:
+                evenly = -torch.where(target >= 0, logs.mean(-1), 0.0).sum() * weight
+                own = (1 - smoothing) * own + smoothing * evenly
         loss.append(own)
         with torch.no_grad():
             hit = (wide.argmax(-1) == target) & (target >= 0)
             right = hit if right is None else right & hit
-            if smoothing:
-                own = F.cross_entropy(wide, target, ignore_index=-1, reduction="sum") * weight
-            plain.append(own.detach())
     assert right is not None
     return torch.stack(loss).sum(), {"nats": torch.stack(plain).sum(), "correct": right.sum()}
 

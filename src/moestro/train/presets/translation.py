@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from ...experts.config import MLP
 from ...losses.config import Loss
 from ...models.config import Decoder, Encoder, EncoderDecoder
 from ...moe.config import MoELayer
 from ...nn.config import Attention, CrossAttention, LayerNorm, PlainFeedForward, Sinusoidal
+from ...optim.config import AdamW, Cosine
 from ...routers.config import Constant, Random, Router, Uniform
+from ...tasks.config import Translate, Translations, TwoPass
+from ...tasks.data.config import BpeVocabulary
+from ..config import TrainRun
 
-__all__ = ["thor_model", "thor_router"]
+__all__ = ["PRESETS", "thor_model", "thor_router"]
 
 
 def thor_router(as_released: bool = False) -> Router:
@@ -65,3 +70,19 @@ def thor_model(
         decoder=Decoder(attention=attention, cross=CrossAttention(num_heads=num_heads, bias="all"), tied=True, **sides),
         start=1,
     )
+
+
+def _thor() -> TrainRun:
+    """THOR: translation by experts drawn at random, kept alike by two passes over every batch; default: Multi30k."""
+    return TrainRun(
+        model=thor_model(2),
+        data=Translations(vocabulary=BpeVocabulary(), pool=16),
+        objective=TwoPass(inner=Translate(), alpha=5.0),
+        optimizer=AdamW(lr=2e-3, beta2=0.98, weight_decay=1e-4, schedule=Cosine(warmup=0.1)),
+        steps=4000,
+        batch_size=64,
+        seq_len=64,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainRun]] = {"thor": _thor}
