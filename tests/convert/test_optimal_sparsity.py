@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from convert.reference_cases import llama_like, swiglu
 from moestro import convert
 from moestro.convert.checkpoint.family import canonical, difference
 from moestro.convert.loading import read_config
+from moestro.core.errors import UserError
 from moestro.models.decoder import Decoder
 from moestro.models.sizes import optimal_sparsity, size_name
 from moestro.testing.compare import assert_close
@@ -102,3 +104,30 @@ def test_a_checkpoint_in_their_keys_loads_and_routes_as_written(tmp_path):
     with torch.no_grad():
         assert_close("routed layer", layer.ffn(x)[0], want, 1e-5)
         assert bool(model(torch.arange(9)[None])[0].isfinite().all())
+    tokens = torch.randint(0, V, (11,), generator=generator)
+    norms = ("input_layernorm", "post_attention_layernorm")
+    want = llama_like(tensors, tokens, layers=L, heads=2, eps=1e-5, norms=norms, ffn=top_two)
+    wide = convert.load(tmp_path, dtype=torch.float64).model
+    with torch.no_grad():
+        assert_close("logits", wide(tokens[None])[0][0], want, 1e-6)
+    assert not torch.equal(wide.head.weight, wide.embed.weight)  # the head is its own
+    again = convert.save(model, tmp_path / "again", to="mixtral")
+    back = load_file(again / "model.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[n], t) for n, t in tensors.items())
+    del tensors["lm_head.weight"]
+    tensors["model.layers.0.block_sparse_moe.experts.4.w1.weight"] = draw(2 * d, d)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"missing lm_head\.weight; left over .*experts\.4\.w1"):
+        convert.load(tmp_path)
+
+
+def top_two(w: dict[str, torch.Tensor], layer: int, x: torch.Tensor) -> torch.Tensor:
+    """Softmax over the two highest logits; equal to softmax over all, restricted and renormalised."""
+    at = f"model.layers.{layer}.block_sparse_moe."
+    out = []
+    for row in x:
+        kept = (w[f"{at}gate.weight"] @ row).topk(2)
+        parts = [[w[f"{at}experts.{int(e)}.w{n}.weight"] for n in (1, 3, 2)] for e in kept.indices]
+        out.append(sum(p * swiglu(row, *part) for p, part in zip(kept.values.softmax(0), parts)))
+    return torch.stack(out)
