@@ -8,11 +8,6 @@ from __future__ import annotations
 __all__ = ["PARTS"]
 
 PARTS: dict[str, dict[str, str]] = {
-    "similarity-attention-aware-smoe": {
-        "mix by similarity": "moestro.routers.mixes:SimilarityMix",
-        "mix by attention": "moestro.routers.mixes:AttentionMix",
-        "encoder with a class head": "moestro.models.heads_config:ClassHead",
-    },
     "bam": {
         "branches into one mixture": "moestro.convert.config:BranchAttendMix",
         "experts of attention": "moestro.moe.config:AttentionExperts",

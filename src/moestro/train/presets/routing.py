@@ -27,7 +27,7 @@ def _similarity() -> TrainRun:
             attention=Attention(num_heads=4),
             moe=MoELayer(
                 num_experts=8,
-                router=Router(mix=SimilarityMix(scale="sqrt_dim", tau=0.25), select=TopK(k=2)),
+                router=Router(mix=SimilarityMix(), select=TopK(k=2)),
                 experts=Gated(width=128),
             ),
             init_std=None,
