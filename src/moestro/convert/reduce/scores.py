@@ -11,6 +11,7 @@ from ...core.plan import Plan, load
 from ...moe.layer import MoELayer
 from ...ops.combine import gather_rows
 from ...ops.rows import rows as derive_rows
+from ...trace.diversity import cosines
 from ..change.conduct import Seen, weight_of
 from .parts import Parts
 
@@ -47,7 +48,7 @@ def output_similarity(layer: MoELayer, seen: Sequence[Seen]) -> Tensor:
     every = torch.arange(E, device=x.device).expand(x.shape[0], E)
     plan = Plan(expert=every, weight=torch.ones(x.shape[0], E, device=x.device), num_experts=E, complete=True)
     index = derive_rows(plan)
-    return _cosines(layer.experts(gather_rows(x, index), index).reshape(E, -1))
+    return cosines(layer.experts(gather_rows(x, index), index).reshape(E, -1))
 
 
 def weight_similarity(parts: Parts) -> Tensor:
@@ -57,11 +58,5 @@ def weight_similarity(parts: Parts) -> Tensor:
     for i, a in enumerate(flat):
         for j, b in enumerate(flat):
             if a.shape == b.shape:
-                out[i, j] = _cosines(torch.stack([a, b]))[0, 1] if i != j else 1.0
+                out[i, j] = cosines([a, b])[0, 1] if i != j else 1.0
     return out
-
-
-def _cosines(vectors: Tensor) -> Tensor:
-    v = vectors.double().cpu()
-    v = v / v.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    return v @ v.t()
