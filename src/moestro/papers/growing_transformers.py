@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapt.config import LoRA
-from ..adapt.growth_config import GrowthSchedule
+from ..adapt.growth_config import GrowthSchedule, Stage
 from ..core.errors import UserError
 from ..models.config import Decoder
 from ..nn.config import Attention, FeedForward, LayerNorm, PlainFeedForward
@@ -19,22 +19,25 @@ from ..tasks.data.config import ByteVocabulary, ChinesePoetry, Domains, Gutenber
 from .catalogue import CATALOGUE
 from .paper import Arm, Bars, Claim, Computed, Counted, Difference, Figures, Job, Outcome, Paper, Published, Ratio
 
-S, B, UPDATES = 128, 8, 400
+S, B, LESS, UPDATES = 64, 16, 8, 1500  # tokens; sequences of B, of A; updates
 TEXTS = {"en": (1, 0, 0, 0), "ru": (1, 1, 0, 0), "zh": (1, 0, 1, 0), "all": (2, 1, 1, 0)}  # shares of the domains
 DOMAINS = ("en", "ru", "zh", "questions")
 CODE = IdCode(bits=16)
 BASE = Decoder(
     vocab_size=262,  # bytes and six marks
-    dim=64,
+    dim=32,
     num_layers=4,
     attention=Attention(num_heads=2),
-    ffn=FeedForward(width=176),
+    ffn=FeedForward(width=88),
     embedding=CODE,
     context=S,
     init_std=None,
 )
-GROWN, AT_ONCE = GrowthSchedule.of(2, 2, 2), GrowthSchedule.of(6)
-ONE_BY_ONE = GrowthSchedule.of(1, 1, 1, 1, 1, 1, last=LoRA(rank=8, targets=("attention", "ffn")))
+FIRST = Stage(blocks=2, share=2.0)  # as long as both others: nothing below it trains again
+GROWN = GrowthSchedule(stages=(FIRST, Stage(blocks=2), Stage(blocks=2)), start="random")
+LOW = LoRA(rank=8, targets=("attention", "ffn"))
+ONE_BY_ONE = GrowthSchedule(stages=(Stage(share=2.0), *[Stage()] * 5, Stage(blocks=0, adapter=LOW)), start="random")
+AT_ONCE = GrowthSchedule.of(6)
 THEIRS = Decoder(
     vocab_size=65_536,
     dim=1024,
@@ -85,14 +88,14 @@ def taught(model: Any, job: Job, text: str, updates: int, first: int = 0) -> Any
     start = first + 100_000 * job.seed
     tick = job.tick if job.arm.passes == 1 else lambda n: None  # two trainings, or two steps, per update
     job = dataclasses.replace(job, updates=updates, tick=tick)
-    fit(model, NextToken().build(), lambda step: job.data[text].train(start + step, B), job)
+    fit(model, NextToken().build(), lambda step: job.data[text].train(start + step, B if text == "en" else LESS), job)
     return model
 
 
 def nats(model: Any, job: Job, domain: str, split: str) -> float:
     from ..tasks.language import mean_nats
 
-    windows = job.data["all"].held_out(DOMAINS.index(domain), 32, split, 4 if job.smoke else 96)
+    windows = job.data["all"].held_out(DOMAINS.index(domain), 64, split, 4 if job.smoke else 192)
     return mean_nats(model, windows)
 
 
@@ -187,7 +190,8 @@ def arms(smoke: bool) -> list[Arm]:
 
     def words(name: str, about: str, train: Any, trainable: bool = False, passes: int = 1, **options: Any) -> Arm:
         model = base.replace(embedding=None) if trainable else base
-        return Arm(name=name, about=about, model=model, seq_len=S, passes=passes, options=options, train=train)
+        cost = passes * model.flops_per_token(S, "train") * LESS / B
+        return Arm(name=name, about=about, model=model, cost=cost, passes=passes, options=options, train=train)
 
     def book(name: str, about: str, schedule: GrowthSchedule, equal: Any = "updates", **changes: Any) -> Arm:
         model = deep.replace(**changes)
@@ -320,8 +324,8 @@ both = ensemble([model.build(), model.replace(seed=1).build()])  # decoders on o
     system="grown",
     updates=UPDATES,
     train=grown,
-    grid=(3e-3, 8e-3),
-    tuning=0.25,
+    grid=(5e-3, 1e-2),
+    tuning=0.2,
     smoke_updates=4,
     figures={
         "mixed": "nats per byte, mean of English, Russian and Chinese; lower is better",
@@ -360,9 +364,11 @@ both = ensemble([model.build(), model.replace(seed=1).build()])  # decoders on o
     preset="growing-transformers",
     notes=(
         "The authors train on 9 billion tokens of English, Russian and Chinese; here bytes of English books, Russian "
-        "plays and Tang poems (the data kept for this paper, in place of captions) are read by decoders 64 wide.",
+        "plays and Tang poems (the data kept for this paper, in place of captions) are read by decoders 32 wide.",
         "Optimiser, tokens per stage and the start of new blocks are not stated: here AdamW with warm-up and cosine "
-        "in every stage, new blocks that add nothing at first, and a last stage of LoRA that trains the head too.",
+        "in every stage, and new blocks drawn at random; the first stage takes as long as the two others, as nothing "
+        "below trains again. Blocks that add nothing at first gave the same loss within 1 percent in a trial. In the "
+        "last stage of `grown-lora` the head trains with the adapters.",
         "The mean of logits needs a common vocabulary, not a common embedding: see the arm `unshared`.",
         "MMLU and SQuAD cannot be shown: questions are read as text, and their loss is reported.",
     ),
