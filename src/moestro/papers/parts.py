@@ -13,22 +13,10 @@ PARTS: dict[str, dict[str, str]] = {
         "experts of attention": "moestro.moe.config:AttentionExperts",
         "attention and experts side by side": "moestro.models.config:ParallelBlock",
     },
-    "robust-qa-moe": {
-        "top-2 with a random second": "moestro.routers.limits:RandomSecond",
-        "capacity": "moestro.routers.limits:Capacity",
-        "encoder": "moestro.models.config:Encoder",
-        "span head": "moestro.models.heads_config:SpanHead",
-        "objective of spans": "moestro.tasks.objectives:FindSpan",
-        "augmented questions": "moestro.tasks.data.augment:augmented",
-    },
     "muon-mla-moe": {
         "optimiser": "moestro.optim.config:Muon",
         "latent attention": "moestro.nn.config:LatentAttention",
         "bias without a loss": "moestro.routers.config:LossFree",
-    },
-    "mola": {
-        "layer-wise allocation": "moestro.adapt.config:LayerAllocation",
-        "mixture of adapters": "moestro.adapt.config:Mixture",
     },
     "contrastive-moe-embeddings": {
         "enforced routing": "moestro.routers.config:Label",

@@ -83,11 +83,7 @@ def neighbours(
         )
     contexts = ranked[:_CONTEXTS]
     table = _information(split, taken, contexts, window)
-    values, directions = np.linalg.eigh(table.T @ table)
-    largest = np.argsort(-values, kind="stable")[: min(dim, len(contexts))]
-    strength = np.sqrt(np.maximum(values[largest], 0.0))  # singular values
-    root = np.divide(1.0, np.sqrt(strength), out=np.zeros_like(strength), where=strength > 1e-9 * strength.max())
-    vectors = table @ (directions[:, largest] * root)  # U sqrt(S) = M V / sqrt(S)
+    vectors = _directions(table, dim)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     near = vectors @ vectors.T
     np.fill_diagonal(near, -1.0)
@@ -98,6 +94,16 @@ def neighbours(
         if said:
             out[word] = said
     return out
+
+
+def _directions(table: np.ndarray, dim: int) -> np.ndarray:
+    """[words, dim]: U sqrt(S) of the largest singular values, by subspace iteration (Halko et al. 2011)."""
+    wide = min(dim + 10, *table.shape)
+    basis = np.random.default_rng(0).standard_normal((table.shape[1], wide))
+    for _ in range(5):
+        basis = np.linalg.qr(table.T @ (table @ basis))[0]
+    left, strength, _ = np.linalg.svd(table @ basis, full_matrices=False)
+    return left[:, :dim] * np.sqrt(strength[:dim])
 
 
 def _information(split: list[list[str]], taken: list[str], contexts: list[str], window: int) -> np.ndarray:
