@@ -40,7 +40,8 @@ def _similarity() -> TrainRun:
 def _smoe_dropout() -> TrainRun:
     """SMoE-Dropout: 16 experts behind a frozen random router, 8 at a time at first, all at the end.
 
-    What comes out is good with any number of them: the knob top_k.
+    What comes out is good with any number of them: the knob top_k. The published combine is a plain mean (scale 1);
+    times the root of their number, small experts begin as loud as the dense layer that they stand for.
     """
     return TrainRun(
         model=Decoder(
@@ -50,7 +51,9 @@ def _smoe_dropout() -> TrainRun:
             moe=MoELayer(
                 num_experts=16,
                 router=Router(
-                    score=Frozen(inner=Linear(bias=True, init_std=0.02)), select=TopK(k=16), weigh=SoftmaxKept()
+                    score=Frozen(inner=Linear(bias=True, init_std=0.02)),
+                    select=TopK(k=16),
+                    weigh=SoftmaxKept(scale=4.0),
                 ),
                 experts=MLP(width=32, activation="relu", bias=True),
                 losses=(),
