@@ -244,6 +244,7 @@ above, inside = blocks_on_top(encoder, count=2).build(), experts_inside(encoder,
             main=False,
         ),
     ),
+    preset="robust-qa-moe",
     picture=Bars(figures=("F1", "f1 reddit", "f1 amazon_reviews", "f1 covid_qa")),
     published=(
         Published(

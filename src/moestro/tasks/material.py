@@ -83,10 +83,18 @@ class SpanQuestions(Examples):
     """Tokens that neighbouring windows of a long context share."""
     unanswered: bool = False
     """Keep windows without an answer, whose answer is then the first token; else they are left out."""
+    copies: int = 0
+    """Changed copies of every training question that are learnt from too, answers as they are (easy augmentation)."""
+    synonyms: str = ""
+    """File of synonyms for the copies (tasks.data.synonyms); empty = words of like company in the training texts."""
+    replaced: float = 0.3
+    """Share of a context's words that become synonyms in some of the copies."""
+    deleted: float = 0.1
+    """Share of its words that are left out in the others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.at_least(0, "stride")
+        self.at_least(0, "stride", "copies")
 
 
 @config

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.errors import UserError
+from .data.augment import Eda
 from .data.examples import DataSet, Labelled, Pair, SpanQuestion, Translation
 from .data.read import text
 from .data.spans import questions
 from .data.split import hold_out
+from .data.synonyms import with_copies
 from .material import Examples, LabelledTexts, SpanQuestions, TextPairs, Translations
 
 __all__ = ["files_of", "labelled", "pairs", "span_questions", "translations"]
@@ -61,6 +63,14 @@ def pairs(config: TextPairs) -> DataSet[Pair]:
 
 def span_questions(config: SpanQuestions) -> DataSet[SpanQuestion]:
     """SQuAD's JSON, or rows of JSON with a context or a question each."""
+    found = _questions(config)
+    if not config.copies:
+        return found
+    eda = Eda(synonyms=config.replaced, deletions=config.deleted, copies=config.copies)
+    return dataclasses.replace(found, train=with_copies(found.train, eda, config.synonyms))
+
+
+def _questions(config: SpanQuestions) -> DataSet[SpanQuestion]:
     if config.published is not None and not config.path:
         return _published(config, SpanQuestion)
     parts: dict[str, list[SpanQuestion]] = {}

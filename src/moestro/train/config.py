@@ -65,7 +65,8 @@ class TrainRun(Config):
     routers: Literal["train", "freeze", "bias_only"] = "train"
     """What the model's routers do: train, stay as they are (balancing biases too), or move their biases only."""
     frozen: tuple[str, ...] = ()
-    """Parts of a language model that stay as they are: embed, norm, head, and blocks as "3" or "0:4" (without 4)."""
+    """Parts of a model that stay as they are: embed, norm, head, experts, routers, and blocks as "3" or "0:4" (without
+    4); of an encoder with a head also encoder, top and features."""
     after: tuple[AfterStep, ...] = ()
     """What happens after every optimiser step, besides the steps of routers."""
     knobs: tuple[Knob, ...] = ()
@@ -146,9 +147,10 @@ class TrainRun(Config):
             raise UserError(
                 f"TrainRun.model: data of {type(data).__name__} need {wanted}, found {found or type(model).__name__}"
             )
-        for name in ("start", "frozen"):
-            if getattr(self, name) and not isinstance(model, Decoder):
-                raise UserError(f"TrainRun.{name} is for language models only; leave it out")
+        if self.start and not isinstance(model, Decoder):
+            raise UserError("TrainRun.start is for language models only; leave it out")
+        if self.frozen and isinstance(model, EncoderDecoder):
+            raise UserError("TrainRun.frozen is not for an encoder-decoder; leave it out")
 
     def borders(self) -> list[int]:
         """The steps after which the model is evaluated, the last one included."""

@@ -6,17 +6,19 @@ A table is a mapping, lower-case word -> words of like meaning: what `augment.au
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ...core.errors import UserError
-from .augment import STOP_WORDS
+from .augment import STOP_WORDS, Eda, augmented
+from .examples import SpanQuestion
 
-__all__ = ["neighbours", "read_synonyms"]
+__all__ = ["neighbours", "read_synonyms", "with_copies"]
 
 _CONTEXTS = 1000  # the most frequent words count as neighbours
 
@@ -94,6 +96,18 @@ def neighbours(
         if said:
             out[word] = said
     return out
+
+
+def with_copies(questions: Sequence[SpanQuestion], eda: Eda, synonyms: str | Path = "") -> tuple[SpanQuestion, ...]:
+    """Questions with their changed copies behind them. synonyms: a file for `read_synonyms`; "" = `neighbours` in the
+    texts of these questions, and none where too few words are frequent."""
+    table: dict[str, tuple[str, ...]] = {}
+    if synonyms:
+        table = read_synonyms(synonyms)
+    else:
+        with contextlib.suppress(UserError):
+            table = neighbours(dict.fromkeys(text for q in questions for text in (q.context, q.question)))
+    return (*questions, *(copy for q in questions for copy in augmented(q, eda, table)))
 
 
 def _directions(table: np.ndarray, dim: int) -> np.ndarray:
