@@ -40,6 +40,7 @@ from moestro.routers import (
     TopP,
     Uniform,
 )
+from moestro.routers.examples import examples
 from moestro.tasks.config import Classify, NextToken, Objective, Translate, TwoPass
 from moestro.tasks.data.batches import LabelBatch, TranslationBatch
 from moestro.tasks.data.streams import DomainBatch
@@ -64,6 +65,7 @@ ROUTERS: dict[str, Router] = {
     "top-p": Router(select=TopP(p=0.4), weigh=Raw()),
     "frozen random": Router(score=Frozen(), weigh=SoftmaxKept()),
     "by label": Router(score=Uniform(), select=Label(), weigh=Constant()),
+    **{name: router for name, router in examples().items() if name.startswith("sentence")},
 }
 LOSSES: tuple[Loss, ...] = (
     SwitchBalance(coefficient=0.1),

@@ -32,8 +32,8 @@ class Options:
 
     SOURCE is a run folder, or a checkpoint folder of transformers or of this library. Methods: none (the format only),
     copy, granular, reinit, cluster, taylor; btx, bam (several SOURCEs); average, most-loaded, distil; prune, merge,
-    add. `--method NAME --help` lists a method's options. receipt.json in OUT says what is exact, what was measured and
-    what was invented.
+    add; grow. `--method NAME --help` lists a method's options. receipt.json in OUT says what is exact, what was
+    measured and what was invented.
     """
 
     paths: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="SOURCE... OUT")]]
