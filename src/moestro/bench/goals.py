@@ -11,7 +11,7 @@ from typing import Any
 
 from .timing import ratio
 
-__all__ = ["GOALS", "Goal", "judged"]
+__all__ = ["GOALS", "METHOD", "PLAIN", "ROUTING", "Goal", "judged"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,18 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
 
+
+METHOD, PLAIN = "method", "plain top-k"
+ROUTING = (  # methods whose training steps are measured, by number of their brief
+    "02 random experts, by batch",
+    "02 random experts, by sentence",
+    "02 two passes, per pass",
+    "03 mix by similarity",
+    "03 mix by attention",
+    "13 random second choice, capacity",
+    "21 top-p, entropy loss",
+    "41 frozen router, experts on a schedule",
+)
 
 _GROUPED = "transformers grouped_mm"
 _BIG = "forward + backward, T 4096 D 512 F 256 E 64 K 8"
@@ -71,6 +83,7 @@ GOALS: tuple[Goal, ...] = (
         for peer in ("transformers model", "grouped_mm")
     ),
     Goal("train", "bench, experts", "sparse", "grouped_mm", at_least=1.4),
+    *(Goal("routing", method, METHOD, PLAIN, at_most=1.3) for method in ROUTING),
 )
 
 

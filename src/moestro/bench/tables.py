@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..report.table import human
+from .goals import METHOD, PLAIN
+from .timing import spread
 
-__all__ = ["Table", "about", "goals_table", "markdown", "notes", "regime_tables", "train_table"]
+__all__ = ["Table", "about", "goals_table", "markdown", "notes", "regime_tables", "routing_table", "train_table"]
 
 Record = Mapping[str, Any]
 
@@ -25,9 +27,11 @@ class Table:
 
 def regime_tables(record: Record, routings: Sequence[str] | None = None) -> list[Table]:
     """A table per kind of regime, shape and routing (of those in `routings`), numbers of tokens side by side; one table
-    of a record of training."""
+    of a record of training or of routing methods."""
     if "tokens_per_step" in record:
         return [train_table(record)]
+    if "methods" in record:
+        return [routing_table(record)]
     groups: dict[str, list[tuple[str, Record]]] = {}
     for name, regime in record["regimes"].items():
         kind, routing = regime["kind"], regime.get("routing", "")
@@ -126,6 +130,30 @@ def train_table(record: Record) -> Table:
     )
     columns = ("", "tokens/s", "fastest", "step ms", "experts ms", "attention ms", "rest ms", "gradients differ by")
     return Table(f"Training speed of {record['name']}, seed {record['seed']}", columns, tuple(rows), tuple(said))
+
+
+def routing_table(record: Record) -> Table:
+    """Steps of routing methods beside those of plain layers."""
+    rows = []
+    for name, regime in record["regimes"].items():
+        method, plain = (regime["rows"][who] for who in (METHOD, PLAIN))
+        apart = sorted(m / p for m, p in zip(method["seconds"], plain["seconds"]))
+        r = spread(apart)
+        flops = method["flops_per_token"] / plain["flops_per_token"]
+        rows.append(
+            (
+                name,
+                plain["what"],
+                *(f"{row['milliseconds']['median']:.1f}" for row in (method, plain)),
+                f"{r.median:.3f} ({r.low:.3f} to {r.high:.3f})",
+                f"{method['experts_per_token']:.2f}",
+                f"{flops:.3f}",
+                f"{r.median / flops:.3f}",
+            )
+        )
+    columns = ("", "plain layer", "step ms", "plain ms", "time of plain's", "experts/token", "FLOPs of plain's")
+    said = ("plain layer: equal counted FLOPs of the whole model; per FLOP: the quotient of the two before it",)
+    return Table(f"Steps of routing methods, seed {record['seed']}", (*columns, "per FLOP"), tuple(rows), said)
 
 
 _RESULTS = ("changed output", "bits/byte", "against dense")

@@ -13,7 +13,8 @@ KINDS = {
     "layer": "one layer of experts against other implementations, dense layers and a plain loop",
     "experts": "experts classes of transformers: computed by Moestro and by transformers",
     "decode": "one token at a time: cold layers against reading their weights once, and a whole model",
-    "train": "training speed against the dense twin, transformers' experts and transformers' model",
+    "train": "training speed against the dense twin, transformers' experts and transformers' model; train routing: "
+    "routing methods against plain top-k",
     "widths": "what experts of unequal widths cost",
     "seeds": "whether the sparse model beats its dense twin, over several seeds",
 }

@@ -23,7 +23,9 @@ __all__ = ["main"]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Training tokens per second of a preset's sparse model, of its dense twin of equal active FLOPs per token, and of
-    the same model with transformers' experts in place of ours: same weights, batches and optimiser, in turns."""
+    the same model with transformers' experts in place of ours: same weights, batches and optimiser, in turns.
+
+    moestro bench train routing: steps of published routing methods against plain top-k layers instead."""
 
     preset: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PRESET")]] = DEFAULT
     """Preset, run folder or config.json."""
@@ -55,6 +57,10 @@ class Options:
 
 
 def main(args: Sequence[str]) -> int:
+    if args[:1] == ["routing"]:
+        from .bench_routing import main as routing
+
+        return routing(args[1:])
     options = parse(Options, args, verb="bench train")
     run = override(find(options.preset), options.set)
     given = {"seed": options.seed, "device": options.device, "threads": options.threads}
