@@ -80,7 +80,8 @@ class MixtureDelta(Delta):
         plan, _ = self.router(units, own, Carry())
         check_fit(plan, units.shape[0], self.experts.num_experts, "MoELinear")
         y = mixture(self.experts, units, plan, signals)
-        self.port(note(plan, self.losses, signals, self.training, "MoELinear"))
+        if self.port._forward_hooks:  # somebody looks
+            self.port(note(plan, self.losses, signals, self.training, "MoELinear"))
         return y.reshape(*lead, y.shape[-1])
 
     def step(self, counts: Tensor) -> None:
