@@ -26,15 +26,16 @@ def draw_curves(
 ) -> SeveralForms:
     """{"svg": ..., "png": ...}: the curves with a dot per point. x, y: what the axes show, with units.
 
-    level: a name and a value that all of them start from, drawn as a dashed line.
+    From the eighth curve on, colours come again with dotted lines. level: a name and a value that all of them start
+    from, drawn as a dashed line.
     """
     theme = light()
     with picture_file(6.2, 3.7, title) as (figure, made):
         axes = figure.subplots()
         for i, curve in enumerate(curves):
             across, up = np.array(curve.points, dtype=float).T
-            colour = theme[f"s{i % 7}"]
-            axes.plot(across, up, color=colour, marker="o", markersize=3.2, label=clip(curve.name, 36))
+            look = {"color": theme[f"s{i % 7}"], "marker": "os"[i // 7 % 2], "linestyle": ("-", ":")[i // 7 % 2]}
+            axes.plot(across, up, markersize=3.2, label=clip(curve.name, 36), **look)
         if level is not None:
             axes.axhline(level[1], color=theme["muted"], linewidth=1.0, linestyle="--", label=clip(level[0], 36))
         axes.set_xlim(left=0)
