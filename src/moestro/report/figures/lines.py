@@ -34,8 +34,8 @@ def draw_curves(
         axes = figure.subplots()
         for i, curve in enumerate(curves):
             across, up = np.array(curve.points, dtype=float).T
-            look = {"color": theme[f"s{i % 7}"], "marker": "os"[i // 7 % 2], "linestyle": ("-", ":")[i // 7 % 2]}
-            axes.plot(across, up, markersize=3.2, label=clip(curve.name, 36), **look)
+            form = "o-" if i // 7 % 2 == 0 else "s:"
+            axes.plot(across, up, form, color=theme[f"s{i % 7}"], markersize=3.2, label=clip(curve.name, 36))
         if level is not None:
             axes.axhline(level[1], color=theme["muted"], linewidth=1.0, linestyle="--", label=clip(level[0], 36))
         axes.set_xlim(left=0)
