@@ -50,8 +50,10 @@ def diversity_of_products(left: Tensor, right: Tensor) -> Diversity:
 
 
 def diversity_of_model(model: nn.Module, roles: Sequence[str] = ("expert",)) -> dict[str, Diversity]:
-    """Path of a bank -> the same of all its matrices together, for every bank whose parameters say which axis counts
-    experts (`core.params`). Biases do not count. roles: of the parameters that do."""
+    """Path of a bank of experts -> means over pairs of its experts, of all matrices of an expert together.
+
+    Of every bank whose parameters say which axis counts experts (`core.params`). roles: of the parameters that count.
+    """
     infos = describe(model)
     banks: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
