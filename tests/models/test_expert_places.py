@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -90,12 +92,13 @@ def test_experts_that_start_alike() -> None:
 
 @pytest.mark.parametrize("variant", ["A", "A released", "B", "C"])
 def test_variants(variant: str) -> None:
-    small = {"num_experts": 4, "width": 6}
+    small: Any = {"num_experts": 4, "width": 6}
     if variant.startswith("A"):
         config = experts_on_top(ENCODER, gshard_layer(4, 6, as_released="released" in variant).replace(losses=()))
         if variant == "A":
             # room for everyone and no draw: the check compares batches of other shapes
-            config = config.replace(top=config.top.replace(router=config.top.router.replace(limit=None)))
+            top: Any = config.top
+            config = config.replace(top=top.replace(router=top.router.replace(limit=None)))
             check_headed(config)
         paths = {"top"}
     elif variant == "B":

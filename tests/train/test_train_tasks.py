@@ -25,6 +25,7 @@ from moestro.tasks import (
     NextToken,
     SpanQuestions,
     TextPairs,
+    Translate,
     Translations,
     TwoPass,
 )
@@ -174,6 +175,9 @@ def test_a_pairs_domain_is_the_label_of_its_tokens(place: Path, files: dict[str,
     each = batch.a_valid.sum(1) + batch.b_valid.sum(1)
     want = torch.zeros(2, dtype=torch.int64).index_add(0, batch.domain, each)
     assert info.counts["encoder.layers.1.ffn"].tolist() == want.tolist()
+    few = config.replace(model=config.model.replace(encoder=encoder(moe=labelled.replace(num_experts=1))))
+    with pytest.raises(UserError, match=r"2 domains \(x, y, \.\.\.\), but a layer .* has 1; give it as many"):
+        run(few, out=place / "too-few")
 
 
 def test_published_sets_and_folders_with_splits(tmp_path: Path) -> None:
@@ -255,7 +259,10 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ({**labels, "objective": NextToken(), "model": Headed()}, "NextToken cannot be learnt from LabelledTexts"),
         ({"objective": TwoPass(inner=FindSpan())}, "FindSpan cannot be learnt from StandardLibrary"),
         ({**labels, "model": Headed(), "seq_len": 999}, r"raise model\.encoder\.context"),
-        ({**labels, "model": Headed(), "frozen": ("embed",)}, r"TrainRun\.frozen is for language models"),
+        (
+            {"data": Translations(), "objective": Translate(), "model": EncoderDecoder(), "frozen": ("embed",)},
+            r"TrainRun\.frozen is not for an encoder-decoder",
+        ),
         ({**labels, "model": Headed(), "start": "x", "twin": False}, r"TrainRun\.start is for language models"),
     ]
     for fields, said in wrong:

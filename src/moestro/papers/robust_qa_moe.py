@@ -102,7 +102,7 @@ def arms(smoke: bool) -> list[Arm]:
     # two experts and the gate: 2 * 4 D F + 2 D E forward FLOPs = 4 D (2 F + E / 2)
     dense = moe.replace(top=PlainFeedForward(width=2 * width + experts // 2, activation="leaky_relu"))
     plain = Headed(encoder=encoder, head=SpanHead(), features=1)
-    shared = {"seq_len": 110}
+    shared: dict[str, Any] = {"seq_len": 110}
     return [
         Arm(name="moe+eda", about="experts on top, augmented", model=moe, options={"eda": True}, **shared),
         Arm(name="moe", about="experts on top", model=moe, equal="both", **shared),
