@@ -13,20 +13,27 @@ from moestro.train.load import load
 from moestro.train.run import run
 from train.train_cases import text
 
-SMALL = "--steps 3 --batch-size 4 --seq-len 16 --eval-windows 4 --no-report --no-tensorboard --device cpu".split()
-
 
 def trained(folder: Path, out: str, *args: str) -> dict[str, torch.Tensor]:
-    """The weights of a run of the preset."""
-    line = ["growing-transformers", "--data", str(folder / "text.txt"), "--data.cache", str(folder / "cache"), *args]
-    _, config, _ = read([*line, *SMALL])
+    """The weights of a small run of the preset."""
+    _, config, _ = read(["growing-transformers", "--data", str(folder / "text.txt"), *args])
+    config = config.replace(
+        data=config.data.replace(cache=str(folder / "cache")),  # type: ignore[union-attr]
+        steps=3,
+        batch_size=4,
+        seq_len=16,
+        eval_windows=4,
+        report=False,
+        tensorboard=False,
+        device="cpu",
+    )
     run(config, out=folder / out)
     return dict(load(folder / out, state="last").model.state_dict())
 
 
 def test_brief_45_stages_as_runs(tmp_path: Path) -> None:
     text(tmp_path)
-    first = trained(tmp_path, "stage1")
+    first = trained(tmp_path, "stage1", "--model.dim", "32")
     deeper = tmp_path / "deeper"
     receipt = convert([tmp_path / "stage1"], deeper, Grow(blocks=1))
     assert receipt is not None
