@@ -254,6 +254,7 @@ def test_places_without_examples(tmp_path: Path) -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     labels = {"data": LabelledTexts(), "objective": Classify()}
+    both = {"data": Translations(), "objective": Translate(), "model": EncoderDecoder()}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({**labels}, "data of LabelledTexts need Headed with ClassHead, found Decoder"),
         ({**labels, "objective": NextToken(), "model": Headed()}, "NextToken cannot be learnt from LabelledTexts"),

@@ -24,7 +24,7 @@ from .config import TrainRun
 from .evaluate import Sampled
 from .files import read_json
 from .layout import Layout, is_run
-from .models import Model, filled
+from .models import Model, filled, routed_by_label
 from .ranks import Ranks
 
 __all__ = ["ExampleMaterial", "Material", "Seen", "TextMaterial", "open_material"]
@@ -126,10 +126,15 @@ class ExampleMaterial:
         self.key, self.record, self.pieces = prepared.key, prepared.record, self.tokenizer.piece
 
     def fill(self, config: TrainRun) -> Model:
-        vocabulary, classes = self.prepared.vocabulary, len(self.prepared.data.labels)
-        return filled(
-            config.model, vocab_size=vocabulary.size, seed=config.seed, start=vocabulary.bos, classes=classes
-        )
+        vocabulary, data = self.prepared.vocabulary, self.prepared.data
+        for layer in routed_by_label(config.model):
+            if layer.num_experts < len(data.domains):
+                raise UserError(
+                    f"{data.title}: {len(data.domains)} domains ({', '.join(data.domains[:3])}, ...), but a layer "
+                    f"whose experts are chosen by domain has {layer.num_experts}; give it as many (num_experts)"
+                )
+        size, classes = vocabulary.size, len(data.labels)
+        return filled(config.model, vocab_size=size, seed=config.seed, start=vocabulary.bos, classes=classes)
 
     def feed(self, config: TrainRun) -> Feed:
         return self.prepared.feed(config.seq_len, config.seed)

@@ -6,8 +6,9 @@ from ..core.errors import UserError
 from ..models.config import Decoder, EncoderDecoder, Headed, Stack
 from ..models.heads_config import ClassHead
 from ..moe.config import MoELayer
+from ..routers.config import Label, Router
 
-__all__ = ["Model", "context_of", "filled", "is_routed", "language_model", "stacks_of"]
+__all__ = ["Model", "context_of", "filled", "is_routed", "language_model", "routed_by_label", "stacks_of"]
 
 Model = Decoder | EncoderDecoder | Headed
 
@@ -28,6 +29,14 @@ def is_routed(model: Model) -> bool:
     """Whether any layer of the model is routed."""
     top = isinstance(model, Headed) and isinstance(model.top, MoELayer)
     return top or any("moe" in stack.kinds() for stack in stacks_of(model))
+
+
+def routed_by_label(model: Model) -> list[MoELayer]:
+    """The layers whose experts a signal names, which with examples is the number of their domain."""
+    layers = [block.ffn for stack in stacks_of(model) for block in stack.resolved()]
+    layers += [model.top] if isinstance(model, Headed) else []
+    routed = [layer for layer in layers if isinstance(layer, MoELayer) and isinstance(layer.router, Router)]
+    return [layer for layer in routed if isinstance(layer.router.select, Label)]  # type: ignore[attr-defined]
 
 
 def filled(model: Model, *, vocab_size: int, seed: int, start: int = 0, classes: int = 0) -> Model:
