@@ -38,7 +38,8 @@ def one(layer: Any, x: Tensor, e: int) -> Tensor:
 def test_every_router_obeys(name: str) -> None:
     """Ensemble of brief 02: y = mean over e of f_e(x); and expert_num = e: y = f_e(x), with weight 1."""
     layer = build(router=examples()[name], experts=Gated(width=10), losses=()).eval()
-    x, given = tokens(), GIVEN | {"attend": causal_map(GIVEN["segment"], None)}
+    x = tokens()
+    given: dict[str, Any] = {**GIVEN, "attend": causal_map(GIVEN["segment"], None)}
     every = torch.stack([one(layer, x, e) for e in range(E)])
     for wanted, want in (("all", every.mean(0)), (0, every[0]), (E - 1, every[E - 1])):
         y, _, trail = layer(x, Signals(**given, knobs={"experts": wanted}))

@@ -173,7 +173,7 @@ def test_draws_of_models() -> None:
     assert found.spread > 0 < found.distance
     assert over_draws(model, objective, [batch(), batch()], range(4)) == found
     logits = [Translate().build().predict(model.eval(), batch(), _as_drawn(draw))[0][0].logits for draw in (0, 1)]
-    first = symmetric_kl(*logits, batch().targets.reshape(-1) >= 0).detach() / 14
+    first = symmetric_kl(logits[0], logits[1], batch().targets.reshape(-1) >= 0).detach() / 14
     alone = over_draws(model, objective, [batch()], (0, 1))
     assert alone.apart[0] == pytest.approx(float(first), rel=1e-5)
     still = over_draws(model, objective, [batch()], range(3), {"experts": "all"})

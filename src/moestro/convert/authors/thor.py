@@ -20,7 +20,7 @@ from typing import Any
 
 from ...core.errors import UserError
 from ...experts.config import MLP
-from ...models.config import Decoder, Encoder, EncoderDecoder, Stack
+from ...models.config import Block, Decoder, Encoder, EncoderDecoder, Stack
 from ...moe.config import MoELayer
 from ...nn.config import Attention, CrossAttention, LayerNorm, PlainFeedForward, Sinusoidal
 from ...routers.config import Constant, Random, Router, Uniform
@@ -121,10 +121,7 @@ def write(config: Any) -> dict[str, Any]:
     if level not in _LEVELS.values():
         raise UserError(f'router.select.evaluation: {level!r} has no place in this layout; set "token" or "sequence"')
     names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-    found = one(
-        [b.ffn.activation if isinstance(b.ffn, PlainFeedForward) else b.ffn.experts.activation for b in blocks],
-        "activation",
-    )  # type: ignore[union-attr]
+    found = one([getattr(_mlp(b), "activation", None) for b in blocks], "activation")
     out: dict[str, Any] = {
         "vocab_size": config.decoder.vocab_size,
         "source_vocab_size": config.encoder.vocab_size,
@@ -141,14 +138,18 @@ def write(config: Any) -> dict[str, Any]:
     }
     for side, stack in sides.items():
         mine = stack.resolved()
-        width = one([b.ffn.experts.width if isinstance(b.ffn, MoELayer) else b.ffn.width for b in mine], "width")  # type: ignore[attr-defined]
         out |= {
             f"{side}_embed_dim": stack.dim,
             f"{side}_layers": stack.num_layers,
-            f"{side}_attention_heads": one([b.mixer.num_heads for b in mine], "num_heads"),  # type: ignore[attr-defined]
-            f"{side}_ffn_embed_dim": width,
+            f"{side}_attention_heads": one([getattr(b.mixer, "num_heads", None) for b in mine], "num_heads"),
+            f"{side}_ffn_embed_dim": one([getattr(_mlp(b), "width", None) for b in mine], "width"),
         }
     return out
+
+
+def _mlp(block: Block) -> Any:
+    """What says width and activation of a block's feed-forward layer."""
+    return block.ffn.experts if isinstance(block.ffn, MoELayer) else block.ffn
 
 
 def examples() -> dict[str, dict[str, Any]]:
