@@ -23,6 +23,7 @@ __all__ = [
     "Copy",
     "Densify",
     "Distil",
+    "Extend",
     "GranularSplit",
     "Grow",
     "MergeExperts",
@@ -48,18 +49,21 @@ class Upcycle(Conversion):
     """Routed experts of each converted layer; a tuple gives every one its own number."""
     top_k: int = 2
     """Experts per token, K."""
-    router: Literal["random", "centroids"] = "random"
-    """Router rows: small random ones, or directions of the clusters of what the layer sees on the given text."""
+    router: Literal["random", "centroids", "label"] = "random"
+    """Router rows: small random ones, or directions of the clusters of what the layer sees on the given text; or no
+    rows: the signal `label` names each token's expert (one expert per domain, brief 34)."""
     router_std: float = 0.02
     """Standard deviation of random rows; length of centroid rows times sqrt(dim)."""
     weigh: Weigh | None = None
     """How chosen experts are weighted; null = what keeps the output closest to that of the dense layer."""
     losses: tuple[Loss, ...] = (SwitchBalance(),)
-    """Losses of the new layers."""
+    """Losses of the new layers; labels need none and get none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.at_least(1, "top_k")
+        if self.router == "label" and self.top_k != 1:
+            raise UserError(f"{type(self).__name__}.top_k: a label names one expert, not {self.top_k}; set it to 1")
         if self.router_std < 0:
             raise UserError(f"{type(self).__name__}.router_std must not be negative, found {self.router_std}")
         counts = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
@@ -328,6 +332,16 @@ class AddExperts(Resize):
         return self.score != "order"
 
 
+# Wider ------------------------------------------------------------------------------------------------------------
+
+
+@config
+class Extend(Conversion):
+    """Plain MLP experts get a multiplicative branch that starts at one; the output is unchanged (brief 34)."""
+
+    builds: ClassVar[str] = "moestro.convert.change.extend:extend"
+
+
 # Deeper ----------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +379,7 @@ METHODS: dict[str, type[Conversion]] = {
     "prune": Prune,
     "merge": MergeExperts,
     "add": AddExperts,
+    "extend": Extend,
     "grow": Grow,
 }
 """Name on the command line and in recipes -> options."""

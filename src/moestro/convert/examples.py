@@ -14,6 +14,7 @@ from .config import (
     Conversion,
     Copy,
     Distil,
+    Extend,
     GranularSplit,
     Grow,
     MergeExperts,
@@ -56,6 +57,7 @@ def examples() -> dict[str, Conversion]:
         "merge": MergeExperts(keep=2),
         "add": AddExperts(add=1, noise=0.1),
         "add_loaded": AddExperts(add=2, score="load"),
+        "extend": Extend(),
         "grow": Grow(),
         "grow_random": Grow(blocks=2, block=Block(mixer=Attention(num_heads=2)), start="random", freeze=False),
     }

@@ -66,6 +66,26 @@ class MLP(Experts):
 
 
 @config
+class GatedExtension(Experts):
+    """Plain MLP experts times a linear branch that starts at one: down(act(up(x)) * (new(x) + new_bias)) (brief 34).
+
+    At the start they are the plain experts: an enlargement that changes nothing (`convert.config.Extend` makes it of
+    any bank of plain MLPs).
+    """
+
+    builds: ClassVar[str] = "moestro.experts.extended:ExtendedBank"
+    width: int = 512
+    """Hidden width of each expert."""
+    activation: Activation = "gelu"
+    """Activation of the old branch."""
+    bias: bool = False
+    """Whether the two old maps have a bias."""
+
+    def __post_init__(self) -> None:
+        _widths(self.width, "GatedExtension.width")
+
+
+@config
 class ClampedGated(Experts):
     """Gated MLP experts with biases whose gate and up are clamped, and up is raised by one (GPT-OSS)."""
 
@@ -143,6 +163,8 @@ def examples() -> dict[str, Experts]:
         "mlp_relu2": MLP(width=9, activation="relu2"),
         "mlp_leaky": MLP(width=9, activation="leaky_relu"),
         "mlp_alike": MLP(width=10, bias=True, alike=True),
+        "extension": GatedExtension(width=9),
+        "extension_bias": GatedExtension(width=12, bias=True, activation="relu"),
         "modules": Modules(experts=(FeedForward(width=8),)),
         "modules_mixed": Modules(
             experts=(

@@ -18,14 +18,6 @@ PARTS: dict[str, dict[str, str]] = {
         "latent attention": "moestro.nn.config:LatentAttention",
         "bias without a loss": "moestro.routers.config:LossFree",
     },
-    "contrastive-moe-embeddings": {
-        "enforced routing": "moestro.routers.config:Label",
-        "dense into equal experts": "moestro.convert.config:Copy",
-        "mutual-information loss": "moestro.losses.config:MutualInformation",
-        "embedding head": "moestro.models.heads_config:EmbeddingHead",
-        "multiple-negatives loss": "moestro.losses.pair_config:MNR",
-        "objective of pairs": "moestro.tasks.objectives:MatchPairs",
-    },
     "ewa": {
         "random partition": "moestro.routers.config:Partition",
         "averaging after a step": "moestro.optim.config:ExpertAveraging",

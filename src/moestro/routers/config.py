@@ -18,7 +18,7 @@ from .limits import (
     Recycle,
 )
 from .mixes import AttentionMix, SimilarityMix
-from .scores import MLP, Cosine, FixedNoise, Frozen, Jitter, Linear, Noisy, Uniform
+from .scores import MLP, Cosine, FixedNoise, Frozen, Jitter, Linear, Noisy, SegmentMean, Uniform
 
 __all__ = [
     "All",
@@ -55,6 +55,7 @@ __all__ = [
     "Renormalised",
     "Router",
     "Score",
+    "SegmentMean",
     "Select",
     "SimilarityMix",
     "SoftmaxKept",

@@ -75,6 +75,11 @@ def examples() -> dict[str, cfg.Router]:
         ),
         "attention-mix": cfg.Router(mix=cfg.AttentionMix()),
         "attention-mix-posterior": cfg.Router(mix=cfg.AttentionMix(heads="posterior", sigma=0.5)),
+        # whole sequences
+        "sentence-top-k": cfg.Router(score=cfg.SegmentMean(), weigh=raw),
+        "sentence-switch": cfg.Router(
+            score=cfg.SegmentMean(inner=cfg.Linear(bias=True)), select=cfg.TopK(k=1), weigh=cfg.Constant(value=1.0)
+        ),
         # limits
         "capacity": cfg.Router(limit=capacity),
         "capacity-first-choices": cfg.Router(limit=capacity.replace(priority=cfg.FirstChoices())),

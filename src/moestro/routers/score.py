@@ -11,12 +11,14 @@ from torch.nn import functional as F
 
 from ..core.carry import Carry
 from ..core.params import ParamInfo
+from ..core.pytree import changed
 from ..core.signals import Signals
 from ..ops import few, ordered
 from . import config as cfg
+from . import room as _room  # registers groups_of_segments
 from .steps import Scores, ScoreStep
 
-__all__ = ["CosineScore", "FrozenScore", "LinearScore", "MLPScore", "UniformScore"]
+__all__ = ["CosineScore", "FrozenScore", "LinearScore", "MLPScore", "SegmentMeanScore", "UniformScore"]
 
 _ACTIVATION = {"gelu": F.gelu, "tanh": torch.tanh, "relu": F.relu, "silu": F.silu}
 
@@ -132,6 +134,31 @@ class FrozenScore(ScoreStep):
         return scores, carry.back("inner", after)
 
 
+class SegmentMeanScore(ScoreStep):
+    """logits of unit t = mean of the inner logits over the valid units of its segment (34, arXiv 2401.15713, first
+    version: the router averaged over a sentence's tokens). Products with the table of who belongs where, so that no
+    gradient is added up in any order. Needs segment [T] int64."""
+
+    needs = ("segment",)
+    causal = False
+
+    def __init__(self, config: cfg.SegmentMean, dim: int, num_ids: int) -> None:
+        super().__init__()
+        self.inner: ScoreStep = config.inner.build(dim, num_ids)
+
+    def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
+        scores, after = self.inner(x, signals.at("inner"), carry.at("inner"))
+        logits, valid = scores.logits, signals.valid
+        assert signals.segment is not None
+        of, size = torch.ops.moestro.groups_of_segments(signals.segment, valid)
+        belongs = of == torch.arange(size.shape[0], device=of.device)[:, None]  # [G, T]
+        if valid is not None:
+            logits = torch.where(valid[:, None], logits, 0.0)
+        table = belongs.to(logits.dtype)
+        mean = (table if valid is None else table * valid) @ logits / size.clamp_min(1)[:, None]
+        return changed(scores, logits=table.T @ mean), carry.back("inner", after)
+
+
 class UniformScore(ScoreStep):
     """Equal logits, no parameters."""
 
@@ -141,3 +168,6 @@ class UniformScore(ScoreStep):
 
     def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
         return Scores(logits=x.new_zeros(x.shape[0], self.num_ids)), carry
+
+
+del _room

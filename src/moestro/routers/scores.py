@@ -8,7 +8,7 @@ from ..core.config import config
 from ..core.errors import UserError
 from .bases import Score
 
-__all__ = ["Cosine", "FixedNoise", "Frozen", "Jitter", "Linear", "MLP", "Noisy", "Uniform"]
+__all__ = ["Cosine", "FixedNoise", "Frozen", "Jitter", "Linear", "MLP", "Noisy", "SegmentMean", "Uniform"]
 
 
 @config
@@ -110,6 +110,25 @@ class Jitter(Score):
     def __post_init__(self) -> None:
         if not 0 <= self.noise < 1:
             raise UserError(f"Jitter.noise: {self.noise} does not lie in [0, 1)")
+
+
+@config
+class SegmentMean(Score):
+    """Another score, averaged over the tokens of a sequence, which are then routed alike (34, sentence-wise routing).
+
+    With TopK and Raw it is the paper's sentence-wise top-k, with TopK(k=1) and Constant its sentence switch. Needs
+    `segment`, which models give. It looks at later tokens: not for decoders.
+    """
+
+    builds: ClassVar[str] = "moestro.routers.score:SegmentMeanScore"
+    inner: Score = Linear()
+    """The score that is averaged; one without noise."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inner, Noisy | FixedNoise | Jitter):
+            raise UserError(
+                f"SegmentMean.inner: {type(self.inner).__name__} draws for each token; take a score without noise"
+            )
 
 
 @config

@@ -19,7 +19,7 @@ from ...moe.layer import MoELayer
 from ..config import Conversion
 from ..receipt import ConversionError, LayerChange, Measured, Receipt, checksums
 from .mlp import DenseMLP
-from .samples import Batch, Samples, evaluating, forward, mean_output, measure
+from .samples import Batch, Samples, evaluating, forward, labels_for, mean_output, measure
 
 __all__ = [
     "BOUNDS",
@@ -145,7 +145,8 @@ def run_layer(module: nn.Module, seen: Seen) -> Tensor:
     if isinstance(module, MoELayer) and seen.call:
         plan, _ = module.router(*seen.call)
         return module.run(seen.x, plan)
-    out = module(seen.x)
+    told = labels_for(module, seen.x.shape[0]) if isinstance(module, MoELayer) else None
+    out = module(seen.x) if told is None else module(seen.x, told)
     return out[0] if isinstance(out, tuple) else out
 
 

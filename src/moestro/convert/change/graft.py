@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...models.config import Stack as StackConfig
+from ...models.headed import Headed
 from ...models.stack import Stack
 from ...moe.config import MoELayer
 from ...moe.dropin import MoE
@@ -64,12 +65,14 @@ class Graft:
 def graft(model: nn.Module, layers: Mapping[str, Graft]) -> nn.Module:
     """A new model with these layers at these paths and copies of everything else.
 
-    A `Decoder` or `Encoder` is built anew from its config with other feed-forward layers; in any other model the
-    modules are replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a tensor would be
+    A `Decoder` or `Encoder`, also one with a head, is built anew from its config with other feed-forward layers; in any
+    other model the modules are replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a tensor would be
     left without a value.
     """
     if isinstance(model, Stack):
         return _stack(model, layers)
+    if isinstance(model, Headed) and all(path.startswith("encoder.") for path in layers):
+        return _headed(model, layers)
     for path, module in model.named_modules():
         if path and isinstance(module, Stack):
             raise UserError(
@@ -77,6 +80,8 @@ def graft(model: nn.Module, layers: Mapping[str, Graft]) -> nn.Module:
             )
     memo: dict[int, object] = {}
     for path, new in layers.items():
+        if new.routed is not None and getattr(getattr(new.routed.router, "select", None), "signal", None):
+            raise UserError(f"{path}: labels reach routed layers in models of Moestro only; choose another router")
         memo[id(model.get_submodule(path))] = _dropin(new, _like(model.get_submodule(path)))
     made = copy.deepcopy(model, memo)
     return made.train(model.training)
@@ -115,6 +120,18 @@ def _stack(model: Stack, layers: Mapping[str, Graft]) -> Stack:
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+    return made.train(model.training)
+
+
+def _headed(model: Headed, layers: Mapping[str, Graft]) -> Headed:
+    encoder = _stack(model.encoder, {p.removeprefix("encoder."): new for p, new in layers.items()})
+    made: Headed = model.config.replace(encoder=encoder.config).build()
+    made.to(device=encoder.embed.weight.device, dtype=encoder.embed.weight.dtype)
+    rest = {n: t for n, t in model.state_dict().items() if not n.startswith("encoder.")}
+    fill(made, {f"encoder.{n}": t for n, t in encoder.state_dict().items()} | rest)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     return made.train(model.training)
 
 

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.errors import UserError
+from ...core.signals import Signals
+from ...models.headed import Headed
+from ...models.stack import Stack
 from ..receipt import Measured
 
-__all__ = ["Samples", "evaluating", "forward", "mean_output", "measure", "next_token_loss"]
+__all__ = ["Samples", "evaluating", "forward", "labels_for", "mean_output", "measure", "next_token_loss"]
 
 Batch = Tensor | Mapping[str, Tensor]
 ROWS, LENGTH, TOKENS = 4, 64, 4096  # shape of random tokens; the most tokens of one forward pass
@@ -74,6 +77,7 @@ def _random(model: nn.Module, seed: int) -> tuple[Batch, str]:
     if getattr(model, "main_input_name", None) == "pixel_values" and hasattr(config, "image_size"):
         shape = (ROWS, config.num_channels, config.image_size, config.image_size)  # type: ignore[union-attr]
         return {"pixel_values": torch.randn(shape, generator=generator).to(dtype)}, "random images"
+    config = getattr(config, "encoder", config) if isinstance(model, Headed) else config
     vocab = getattr(config, "vocab_size", None)
     if not isinstance(vocab, int):
         raise UserError("the model's config names no vocab_size, so there are no random tokens for it; give its inputs")
@@ -96,8 +100,12 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
-    """(the model's main output, whether these are logits)."""
-    out: Any = model(batch) if isinstance(batch, Tensor) else model(**batch)
+    """(the model's main output, whether these are logits). Where routers of ours ask for labels, see `labels_for`."""
+    told = labels_for(model, batch.numel()) if isinstance(batch, Tensor) and isinstance(model, Stack | Headed) else None
+    if told is not None:
+        out: Any = model(batch, told)
+    else:
+        out = model(batch) if isinstance(batch, Tensor) else model(**batch)
     if isinstance(out, Tensor):
         return out, False
     for name in ("logits", "last_hidden_state"):
@@ -106,8 +114,21 @@ def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
     if isinstance(out, Mapping):
         out = tuple(out.values())
     if isinstance(out, tuple) and isinstance(out[0], Tensor):
-        return out[0], hasattr(model, "head")
+        return out[0], hasattr(model, "head") and not isinstance(model, Headed)
     raise UserError(f"{type(model).__name__} returns a {type(out).__name__}, in which no output tensor is found")
+
+
+def labels_for(model: nn.Module, units: int) -> Signals | None:
+    """Signals that name unit t's expert, t modulo the fewest experts of a layer, where routers ask for `label` or
+    `task`: every expert is met. None where none asks."""
+    asking = [
+        m for m in model.modules() if {"label", "task"} & set(getattr(m, "needs", ())) and hasattr(m, "num_experts")
+    ]
+    if not asking:
+        return None
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    number = torch.arange(units, device=device) % min(int(m.num_experts) for m in asking)  # type: ignore[arg-type]
+    return Signals(label=number, task=number)
 
 
 def mean_output(models: Sequence[nn.Module], batch: Batch) -> tuple[Tensor, bool]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...core.errors import UserError
 from ...moe.config import MoELayer
-from ...routers.config import Constant, Frozen, Linear, Raw, Renormalised, Router, TopK, Weigh
+from ...routers.config import Constant, Frozen, Label, Linear, Raw, Renormalised, Router, TopK, Uniform, Weigh
 from ..change.conduct import Claim, Made, choose, conduct, generator, watch
 from ..change.graft import Graft, graft
 from ..change.mlp import DenseMLP, Place, bank_of, find
@@ -89,8 +89,9 @@ def upcycle(
                 layer = make(place, count, inputs)
                 grafts[place.path], why = assemble(options, layer)
             layers.append(layer)
-            rows = "small random values" if options.router == "random" else "centroids of what the layer sees"
-            invented[f"{place.path}.{layer.score}"] = rows
+            if options.router != "label":
+                rows = "small random values" if options.router == "random" else "centroids of what the layer sees"
+                invented[f"{place.path}.{layer.score}"] = rows
             if layer.invented is not None:
                 names = [n for n in grafts[place.path].tensors if n.startswith("experts.")]
                 invented |= {f"{place.path}.{n}": layer.invented for n in names}
@@ -104,7 +105,9 @@ def upcycle(
             bits = alone and all(layer.shared is None for layer in layers)
             seen = None if proof is None else partial(_prove, proof, [p.path for p in places])
             exact = Claim(claim, bitwise=bits, dense={p.path: p.mlp for p in places}, proof=seen)
-        if options.top_k == 1 and layers[0].weigh == Constant(value=1.0):
+        if options.router == "label":
+            notes.append("compared with every token's expert named by its number, so that all experts were met")
+        elif options.top_k == 1 and layers[0].weigh == Constant(value=1.0):
             notes.append("the weight of the chosen expert is always 1: routers learn from their losses only")
         paths = [p.path for p in places]
         return Made(model=graft(model, grafts), paths=paths, claim=exact, invented=invented, notes=notes)
@@ -120,15 +123,18 @@ def assemble(options: Upcycle, layer: Layer) -> tuple[Graft, list[str]]:
     """(the routed layer, notes)."""
     bank, tensors, note = bank_of(layer.experts)
     named = {f"experts.{n}": t for n, t in tensors.items()}
-    named[layer.score] = layer.rows.to(layer.experts[0].up)
+    if options.router != "label":
+        named[layer.score] = layer.rows.to(layer.experts[0].up)
     shared = None
     if layer.shared is not None:
         shared, own, _ = bank_of([layer.shared])
         named |= {f"shared.{n}": t for n, t in own.items()}
     score = Frozen(inner=Linear()) if layer.frozen else Linear()
-    router = Router(score=score, select=TopK(k=options.top_k), weigh=layer.weigh)
+    router, losses = Router(score=score, select=TopK(k=options.top_k), weigh=layer.weigh), options.losses
+    if options.router == "label":
+        router, losses = Router(score=Uniform(), select=Label(), weigh=layer.weigh), ()
     count = len(layer.experts)
-    config = MoELayer(num_experts=count, router=router, experts=bank, shared=shared, losses=options.losses)
+    config = MoELayer(num_experts=count, router=router, experts=bank, shared=shared, losses=losses)
     return Graft(routed=config, dim=layer.rows.shape[1], tensors=named), [] if note is None else [note]
 
 
@@ -165,7 +171,7 @@ def router_rows(options: Upcycle, place: Place, count: int, inputs: Inputs) -> T
     """
     draws = generator(options.seed, f"{place.path}.router")
     D = place.mlp.dim
-    if options.router == "random":
+    if options.router != "centroids":
         return torch.empty(count, D).normal_(0.0, options.router_std, generator=draws)
     x = inputs(place.path)
     if x.shape[0] < count:
