@@ -260,10 +260,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ({**labels, "objective": NextToken(), "model": Headed()}, "NextToken cannot be learnt from LabelledTexts"),
         ({"objective": TwoPass(inner=FindSpan())}, "FindSpan cannot be learnt from StandardLibrary"),
         ({**labels, "model": Headed(), "seq_len": 999}, r"raise model\.encoder\.context"),
-        (
-            {"data": Translations(), "objective": Translate(), "model": EncoderDecoder(), "frozen": ("embed",)},
-            r"TrainRun\.frozen is not for an encoder-decoder",
-        ),
+        ({**both, "frozen": ("embed",)}, r"TrainRun\.frozen is not for an encoder-decoder"),
         ({**labels, "model": Headed(), "start": "x", "twin": False}, r"TrainRun\.start is for language models"),
     ]
     for fields, said in wrong:
