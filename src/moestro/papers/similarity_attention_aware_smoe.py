@@ -203,6 +203,11 @@ PAPER = Paper(
         "seed and 700 updates, on validation texts: similarities divided by the root of the width as well, at tau 0.25 "
         "and 1, and W_s drawn at random. Averaging over more tokens changed choices more, not less, and cost accuracy; "
         "so did the posterior of heads, whose exact form was not verified either.",
+        "What hides behind the failure: distributions averaged over attended tokens are flatter (mean entropy 1.68 "
+        "nats, 1.39 with a plain gate), so the second expert and the third lie closer; those averaged over similar "
+        "tokens are sharper (1.30), but the similarity moves as well. With 1400 updates (one seed, validation texts) "
+        "attention changed 7 percent fewer choices than the plain gate, at 4 points less accuracy: far from 20 "
+        "percent. The paper's models are trained a hundred times as long.",
         "All arms have the same balance loss, 0.01, on the distribution that is selected from.",
     ),
 )
