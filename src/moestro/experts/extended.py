@@ -21,8 +21,8 @@ __all__ = ["ExtendedBank"]
 
 
 class ExtendedBank(Bank):
-    """down(act(up x + up_bias) * (new x + new_bias)) + down_bias per expert, with new = 0 and new_bias = 1 at the start:
-    then it is `MLPBank`. Source: 34 (arXiv 2401.15713), first version: W_down(GELU(W_up x) * (W_new x + b_new)).
+    """down(act(up x + up_bias) * (new x + new_bias)) + down_bias per expert. At the start new = 0 and new_bias = 1, and
+    it is `MLPBank`. Source: 34 (arXiv 2401.15713), first version: W_down(GELU(W_up x) * (W_new x + b_new)).
 
     Shapes: rows [R, D] -> [R, D]; up, new [E, F, D]; new_bias [E, F]; down [E, D, F]; up_bias [E, F], down_bias [E, D]
     (these two only with `bias=True`). To the ops it is a gated bank with biases, its two branches laid side by side for

@@ -40,6 +40,8 @@ class Block(Config):
     """The feed-forward layer."""
     norm: Norm = RMSNorm()
     """The norms before both."""
+    mixer_norm: Norm | None = None
+    """The mixer's, where it is another; None = as `norm`."""
     residual_scale: float = 1.0
     """Factor on what mixer and feed-forward layer add to the residual (Granite)."""
     dropout: float = 0.0
@@ -54,6 +56,11 @@ class ParallelBlock(Block):
     """One norm, then mixer and feed-forward layer side by side, both added to the residual. Built with (dim)."""
 
     builds: ClassVar[str] = "moestro.models.decoder:ParallelBlock"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixer_norm is not None:
+            raise UserError("ParallelBlock.mixer_norm: both parts read the same norm; leave it None")
 
 
 @config

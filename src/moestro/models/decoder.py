@@ -79,7 +79,7 @@ class Block(nn.Module):
 
     def norms(self, config: BlockConfig, dim: int) -> None:
         """Build the norms."""
-        self.mixer_norm = config.norm.build(dim)
+        self.mixer_norm = (config.norm if config.mixer_norm is None else config.mixer_norm).build(dim)
         self.ffn_norm = config.norm.build(dim)
 
     def forward(

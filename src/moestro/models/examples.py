@@ -12,6 +12,7 @@ from ..nn.config import (
     LayerNorm,
     Learned,
     LongRoPE,
+    NoNorm,
     PlainFeedForward,
     RelativeBias,
     Rotary,
@@ -138,6 +139,16 @@ def encoders() -> dict[str, Encoder]:
             layout=("moe", "dense"),
         ),
         "blocks": base.replace(blocks=(own, Block(mixer=both, ffn=_DENSE)), positions=Sinusoidal()),
+        "modernbert": base.replace(
+            num_layers=3,
+            blocks=(
+                Block(mixer=both, ffn=_DENSE, norm=LayerNorm(bias=False), mixer_norm=NoNorm()),
+                Block(mixer=both.replace(window=3), ffn=_MOE, norm=LayerNorm(bias=False)),
+                Block(mixer=both.replace(window=3, dropout=0.1), ffn=_DENSE, norm=LayerNorm(bias=False)),
+            ),
+            norm=LayerNorm(bias=False),
+            embedding_norm=LayerNorm(bias=False),
+        ),
         "post_norm": base.replace(
             attention=plain.replace(bias="all"),
             positions=Learned(),

@@ -36,6 +36,13 @@ class LayerNorm(Norm):
     """Whether a learned bias is added."""
 
 
+@config
+class NoNorm(Norm):
+    """The identity, where a block goes without a norm (the first one of ModernBERT)."""
+
+    builds: ClassVar[str] = "moestro.nn.norm:NoNorm"
+
+
 # Positions ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +243,7 @@ class Attention(Mixer):
     norm_eps: float = 1e-6
     """Epsilon of those norms."""
     window: int | None = None
-    """A token sees itself and the window - 1 tokens before it; None = all before it."""
+    """A token sees itself and the window - 1 tokens before it, without `causal` on both sides; None = all."""
     causal: bool = True
     """Whether a token sees only itself and what came before; otherwise it sees its whole sequence (encoders)."""
     bias: Literal["none", "qkv", "all"] = "none"
@@ -256,8 +263,6 @@ class Attention(Mixer):
             raise UserError(f"Attention: num_heads {self.num_heads} is no multiple of num_kv_heads {kv}")
         if self.window is not None and self.window < 1:
             raise UserError(f"Attention.window: {self.window} is below 1; use None for no window")
-        if self.window is not None and not self.causal:
-            raise UserError("Attention.window: windows look back only; leave it None where causal is False")
         if self.sinks and isinstance(self.positions, RelativeBias):
             raise UserError("Attention.sinks: cannot be joined with a relative bias on the scores; leave one out")
         _check_dropout(self, self.dropout)

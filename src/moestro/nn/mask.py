@@ -26,7 +26,7 @@ def visible(
 
     The S queries are the last S of the N keys. Shapes: valid [B, N] bool; segment [B, N], query_segment [B, S] int64.
     A query that would see nothing (padding) sees itself, so that no row of the softmax is empty. causal=False: queries
-    see what comes after them, too.
+    see what comes after them, too, with a window as far as they look back.
     """
     place = torch.arange(keys, device=device)
     own = place[keys - queries :, None]
@@ -34,7 +34,7 @@ def visible(
     if causal and queries > 1:
         mask = place <= own
     if window is not None and keys > window:
-        near = place > own - window
+        near = place > own - window if causal else (place - own).abs() < window
         mask = near if mask is None else mask & near
     if valid is None and segment is None:
         return mask
@@ -62,7 +62,7 @@ def kernel_mask(
     Shapes: valid [B, N] bool; segment [B, N], query_segment [B, S] int64, by default that of the last S keys.
     """
     plain = valid is None and segment is None
-    if plain and (queries == 1 or not causal):
+    if plain and (queries == 1 or (not causal and (window is None or keys <= window))):
         return None, False
     if plain and queries == keys and (window is None or keys <= window):
         return None, True

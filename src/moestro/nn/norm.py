@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..core.params import ParamInfo
 from ..ops.few import rms_norm
 from .config import LayerNorm as LayerNormConfig
+from .config import NoNorm as NoNormConfig
 from .config import RMSNorm as RMSNormConfig
 
-__all__ = ["LayerNorm", "RMSNorm", "plain"]
+__all__ = ["LayerNorm", "NoNorm", "RMSNorm", "plain"]
 
 
 class RMSNorm(nn.Module):
@@ -68,6 +69,15 @@ class LayerNorm(nn.Module):
             "weight": ParamInfo(role="norm", decay=False, ones=True),
             "bias": ParamInfo(role="norm", decay=False, init_std=0.0),
         }
+
+
+class NoNorm(nn.Identity):
+    """x as it is."""
+
+    role = "norm"
+
+    def __init__(self, config: NoNormConfig, dim: int) -> None:
+        super().__init__()
 
 
 def plain(norm: nn.Module | None) -> TypeGuard[RMSNorm]:

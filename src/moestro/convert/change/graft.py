@@ -66,8 +66,8 @@ def graft(model: nn.Module, layers: Mapping[str, Graft]) -> nn.Module:
     """A new model with these layers at these paths and copies of everything else.
 
     A `Decoder` or `Encoder`, also one with a head, is built anew from its config with other feed-forward layers; in any
-    other model the modules are replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a tensor would be
-    left without a value.
+    other model the modules are replaced by `moestro.MoE` or `DenseFFN`, called as an FFN. Raises `ConversionError` if a
+    tensor would be left without a value.
     """
     if isinstance(model, Stack):
         return _stack(model, layers)

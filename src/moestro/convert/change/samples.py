@@ -121,9 +121,8 @@ def forward(model: nn.Module, batch: Batch) -> tuple[Tensor, bool]:
 def labels_for(model: nn.Module, units: int) -> Signals | None:
     """Signals that name unit t's expert, t modulo the fewest experts of a layer, where routers ask for `label` or
     `task`: every expert is met. None where none asks."""
-    asking = [
-        m for m in model.modules() if {"label", "task"} & set(getattr(m, "needs", ())) and hasattr(m, "num_experts")
-    ]
+    routers = [m for m in model.modules() if hasattr(m, "num_experts")]
+    asking = [m for m in routers if {"label", "task"} & set(getattr(m, "needs", ()))]
     if not asking:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

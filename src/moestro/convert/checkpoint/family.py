@@ -28,6 +28,7 @@ class Family:
     describe it, without those that every family shares; it may lose what the family cannot express, which is found by
     reading it back. examples: name -> tiny config.json contents that tests build transformers' own models from.
     unpack: a view of tensors that are stored in another form (quantised blocks), where the family has such.
+    also: other architectures that are read, of which `unpack` leaves the same network; None = any.
     """
 
     model_type: str
@@ -38,13 +39,14 @@ class Family:
     examples: Callable[[], dict[str, dict[str, Any]]]
     unpack: Callable[[Tensors, Mapping[str, Any]], Tensors] | None = None
     says: str | None = None
+    also: tuple[str, ...] | None = ()
 
 
 def read_fields(family: Family, data: Mapping[str, Any], where: object) -> Config:
     """Our config of a config.json. Raises `UserError` for what contradicts itself or cannot be expressed."""
     fields = Fields(data, where)
     kinds = fields.strings("architectures")
-    if kinds and family.architecture not in kinds:
+    if kinds and family.also is not None and not {family.architecture, *family.also} & {*kinds}:
         raise fields.error("architectures", f"{kinds[0]!r} is no {family.architecture}, which model_type says it is")
     try:
         config = family.read(fields)

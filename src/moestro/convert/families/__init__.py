@@ -22,7 +22,10 @@ __all__ = ["BORROWED", "FAMILIES", "find", "recognised"]
 FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 """The model types that transformers has too: one for every file of this folder."""
 
-BORROWED: dict[str, dict[str, tuple[str, ...]]] = {"llama": {"dynamic_moe": ("top_p_threshold", "expert_frequency")}}
+BORROWED: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {"dynamic_moe": ("top_p_threshold", "expert_frequency")},
+    "modernbert": {"modernbert_moe": ("num_experts", "loss_type")},
+}
 """`model_type` -> families that use it without being meant by it -> fields any of which gives them away."""
 
 
