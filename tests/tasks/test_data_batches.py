@@ -153,6 +153,22 @@ def test_slices_are_those_of_the_global_batch(kind: str) -> None:
     assert all(v.is_meta for v in vars(moved).values() if isinstance(v, torch.Tensor))
 
 
+def test_pools_are_dealt_by_length() -> None:
+    """Four batches of three are drawn together: the same examples as unpooled, the shortest three in one batch, the
+    next three in another, in an order of their own; slices as ever."""
+    rows = [Labelled("x" * (1 + 7 * i % 12), i) for i in range(12)]  # every length from 1 to 12
+    pooled = ExampleBatches(rows, LabelTexts(V, 20), seed=3, pool=4)
+    lengths = [sorted(len(rows[i].text) for i in pooled.numbers(step, 3)) for step in range(8)]
+    for turn in (lengths[:4], lengths[4:]):
+        assert sorted(turn) == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    orders = {tuple(map(tuple, lengths[k : k + 4])) for k in (0, 4)}
+    assert any(list(order) != sorted(order) for order in orders)
+    assert torch.equal(pooled.train(5, 3).tokens[1:], pooled.train(5, 3, 1).tokens)
+    assert pooled.train(0, 3).tokens.shape[1] == 1 + max(lengths[0])
+    with pytest.raises(UserError, match="pool must be at least 1"):
+        ExampleBatches(rows, LabelTexts(V, 20), pool=0)
+
+
 def test_labels_and_translations_by_hand() -> None:
     batch = ExampleBatches([Labelled("abc", 2), Labelled("d", 0)], LabelTexts(V, 3)).each(2)
     (_, labels) = next(batch)
