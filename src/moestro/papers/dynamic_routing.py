@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-from pathlib import Path
+import functools
 from typing import Any
 
 from ..experts.config import Gated
@@ -15,7 +12,8 @@ from ..moe.config import MoELayer
 from ..nn.config import Attention
 from ..routers.config import Raw, Renormalised, Router, Select, TopK, TopP
 from .catalogue import entry
-from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Job, Lines, Outcome, Paper, Published
+from .later import later
+from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Lines, Paper, Published
 
 S, B, E = 128, 8, 16
 DOMAINS = ("gutenberg_domains", "gsm8k", "bbh")
@@ -52,80 +50,6 @@ def arms(smoke: bool) -> list[Arm]:
     ]
 
 
-def load(folder: Path) -> Any:
-    from ..tasks.data.config import Bbh, ByteVocabulary, Domains, Gsm8k, Gutenberg
-    from ..tasks.data.streams import DomainBatches
-
-    parts = Gutenberg, Gsm8k, Bbh
-    data = Domains(parts=tuple(part(folder=str(folder / part.slug)) for part in parts)).build()
-    assert data.domains == DOMAINS
-    return DomainBatches(data, ByteVocabulary().build(()), S, shares=(1.0,) * len(DOMAINS))
-
-
-def sample(folder: Path) -> None:
-    for slug in DOMAINS:
-        (folder / slug).mkdir()
-    (folder / "gutenberg_domains" / "fiction_a.txt").write_text("It was the best of times, it was the worst. " * 90)
-    row = json.dumps({"question": "What is 2 + 3?", "answer": "2 + 3 = <<2+3=5>>5\n#### 5"}) + "\n"
-    for split in ("train", "test"):
-        (folder / "gsm8k" / f"{split}.jsonl").write_text(
-            "".join(row.replace("2", str(n)) for n in range(80 if split == "train" else 12))
-        )
-    rows = [{"task": "boolean", "input": f"not ( True ) and {n} is", "target": "False"} for n in range(150)]
-    (folder / "bbh" / "bbh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def train(job: Job) -> Outcome:
-    from ..tasks.config import NextToken
-    from .fit import fit
-
-    model: Any = job.arm.model
-    model = model.replace(seed=job.seed).build()
-    batches, size = job.data, 4 if job.smoke else B
-    taken: list[float] = []
-
-    def watch(step: int, outcome: Any) -> None:
-        counts = outcome.trail.counts().values()
-        taken.append(sum(int(c.sum()) for c in counts) / (len(counts) * size * S))
-
-    fit(model, NextToken().build(), lambda step: batches.train(10_000 * job.seed + step, size), job, watch=watch)
-    bits, found = (measured(model, batches, split, job.smoke) for split in ("valid", "test"))
-    first, every = (max(1, len(taken) // n) for n in (20, 50))
-    found |= {"experts_start": sum(taken[:first]) / first, "experts_train": sum(taken) / len(taken)}
-    means = [(float(i + every), sum(taken[i : i + every]) / every) for i in range(0, len(taken) - every + 1, every)]
-    curves = {"experts": means}
-    if isinstance(model.config.moe.router.select, TopP):
-        swept = [(p, measured(model, batches, "test", job.smoke, p)) for p in SWEEP]
-        curves |= {f"{name} by p": [(p, f[name]) for p, f in swept] for name in ("experts", "bits")}
-        found["sweep"] = min(b["experts"] - a["experts"] for (_, a), (_, b) in itertools.pairwise(swept))
-    return Outcome(validation=bits["bits"], test=found, curves=curves)
-
-
-def measured(model: Any, batches: Any, split: str, smoke: bool, p: float | None = None) -> dict[str, float]:
-    """Bits per byte and experts per token and layer of held-out windows, as many of each domain."""
-    import torch
-    from torch.nn import functional as F
-
-    from ..core.signals import Signals
-    from ..trace.spending import quantile_labels, spent
-
-    made = [b for d in range(len(DOMAINS)) for b in batches.held_out(d, 1, split, 2 if smoke else 40)]
-    tokens, targets, domain = (torch.cat([getattr(b, n) for b in made]) for n in ("tokens", "targets", "domain"))
-    each = domain[:, None].expand(tokens.shape).reshape(-1)
-    with torch.no_grad():
-        logits, _, trail = model.eval()(tokens, Signals(knobs={} if p is None else {"top_p": p}))
-        bits = F.cross_entropy(logits.flatten(0, 1), targets.reshape(-1), reduction="none") / math.log(2)
-    all_, by = spent(trail, each), spent(trail, quantile_labels(bits)).by
-    assert all_.by is not None
-    assert by is not None
-    found = {"bits": float(bits.mean()), "experts": all_.mean, "experts_easy": by[0], "experts_hard": by[-1]}
-    for d, name in enumerate(DOMAINS):
-        found |= {f"bits_{name}": float(bits[each == d].mean()), f"experts_{name}": all_.by[d]}
-    first, *_, last = all_.layers.values() if len(all_.layers) > 1 else 2 * (all_.mean,)
-    found |= {"experts_first": first, "experts_last": last}
-    return {name: float(value) for name, value in found.items()}
-
-
 def by_difficulty(figures: Figures) -> float:
     """How many more experts the text of the highest loss takes than that of the lowest, as a share of the latter's."""
     bits = figures["top-2"]
@@ -137,7 +61,8 @@ def ours(name: str) -> Computed:
     return Computed(text=f"{name} of dynamic", function=lambda figures: figures["dynamic"][name])
 
 
-def counted() -> list[Counted]:
+@functools.cache
+def counted() -> tuple[Counted, ...]:
     """The published model: 24 routed layers, width 1024, 16 experts of width 2816 (inferred), 32000 tokens."""
 
     def size(select: Select) -> Decoder:
@@ -146,13 +71,13 @@ def counted() -> list[Counted]:
 
     top1, top2, dynamic = (size(s) for s in (TopK(k=1), TopK(k=2), TopP(p=0.4, expected=1.76)))
     active = dynamic.num_active_params()
-    return [
+    return (
         Counted(what="parameters", ours=top1.num_params(), published=3.5e9),
         Counted(what="active parameters, top-1", ours=top1.num_active_params(), published=374e6),
         Counted(what="active parameters, top-2", ours=top2.num_active_params(), published=581e6),
         Counted(what="active parameters at 1.76 experts per token", ours=active),
         Counted(what="the same, as a share of top-2's", ours=active / top2.num_active_params(), published=0.9),
-    ]
+    )
 
 
 US, CUT = "dynamic", "top-2 flops"
@@ -188,12 +113,12 @@ layer = MoELayer(
 ).build(dim=32)
 _, _, trail = layer(torch.randn(64, 32))
 print("experts per token:", float(trail[("", 0)].demand.sum()) / 64)""",
-    data=load,
-    sample=sample,
+    data=later("dynamic_routing", "load"),
+    sample=later("dynamic_routing", "sample"),
     arms=arms,
     system="dynamic",
     updates=1100,
-    train=train,
+    train=later("dynamic_routing", "train"),
     grid=(4e-3, 8e-3),
     tuning=0.2,
     figures={

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from statistics import fmean as mean
 from typing import Any
 
 from ..experts.config import MLP
@@ -14,7 +12,8 @@ from ..nn.config import PlainFeedForward
 from ..routers.config import Frozen, Linear, Router, SoftmaxKept, TopK
 from ..train.knobs import LinearRamp
 from .catalogue import entry
-from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Job, Lines, Outcome, Paper, Published
+from .later import later
+from .paper import Arm, Claim, Computed, Counted, Difference, Figures, Lines, Paper, Published
 
 B, S, DIM, LAYERS, EXPERTS, WIDTH = 16, 128, 64, 3, 16, 16
 SHOWN = (1, 2, 4, 8, 12, 16)
@@ -69,52 +68,6 @@ def arms(smoke: bool) -> list[Arm]:
     ]
 
 
-def load(folder: Path) -> dict[bool, Any]:
-    """few -> batches: books of seven domains, or the beginning of one text."""
-    import dataclasses
-
-    from ..tasks.data.config import ByteVocabulary, Gutenberg, TinyShakespeare
-    from ..tasks.data.examples import Passage
-    from ..tasks.data.streams import DomainBatches
-
-    books = Gutenberg(folder=str(folder / Gutenberg.slug), validation=0.05, test=0.05).build()
-    text = TinyShakespeare(folder=str(folder / TinyShakespeare.slug)).build()
-    few = dataclasses.replace(text, train=(Passage(text.train[0].text[:FEW]),))
-    bytes_ = ByteVocabulary().build(())
-    return {False: DomainBatches(books, bytes_, S), True: DomainBatches(few, bytes_, S)}
-
-
-def sample(folder: Path) -> None:
-    for name in ("gutenberg_domains/fiction_one.txt", "gutenberg_domains/law_two.txt", "tiny_shakespeare/input.txt"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"{name}: to be, or not to be, that is the question.\n" * 120, encoding="utf-8")
-
-
-def train(job: Job) -> Outcome:
-    from ..core.signals import Signals
-    from ..tasks.config import NextToken
-    from ..tasks.scoring import domain_bits
-    from ..trace.diversity import diversity_of_model
-    from .fit import fit
-
-    few = bool(job.arm.options.get("few"))
-    data, size, windows = job.data[few], 2 if job.smoke else B, 2 if job.smoke else 64 if few else 16
-    config: Any = job.arm.model
-    model = config.replace(seed=job.seed).build()
-    knobs = (RAMP,) if "grows" in job.arm.options else ()
-    fit(model, NextToken().build(), lambda t: data.train(t + 100_000 * job.seed, size), job, knobs=knobs)
-
-    def bits(split: str, **knobs: int) -> float:
-        return mean(domain_bits(model, data, split, windows, Signals(knobs=knobs)).values())
-
-    figures = {"bits": bits("test")}
-    if config.moe is not None:
-        figures |= {f"K {k}": bits("test", top_k=k) for k in SHOWN}
-        figures["redundancy"] = mean(found.cosine for found in diversity_of_model(model).values())
-    curve = [(float(k), figures.get(f"K {k}", figures["bits"])) for k in SHOWN]
-    return Outcome(validation=bits("valid"), test=figures, curves={} if few else {"slimmed": curve})
-
-
 def rises(figures: Figures) -> float:
     own = figures["smoe-dropout"]
     steps = [own[f"K {a}"] - own[f"K {b}"] for a, b in ((1, 2), (2, 4), (4, 8))]
@@ -131,7 +84,7 @@ def counted() -> tuple[Counted, ...]:
     more = LAYERS * ((EXPERTS - 1) * DIM + EXPERTS * (DIM + 1))
     return (
         Counted(
-            what="mean share of experts at work, K from 8 to 16", ours=RAMP.mean(400_000) / EXPERTS, published=0.75
+            what="mean share of experts at work, K from 8 to 16", ours=RAMP.mean(4000) / EXPERTS, published=0.75
         ),
         Counted(what="parameters beyond the dense model", ours=routed.num_params() - dense.num_params()),
         Counted(what="of which output biases and routers", ours=more),
@@ -159,12 +112,12 @@ PAPER = Paper(
         "sparse, receipt = Modular(num_experts=16, top_k=16).build(dense)\n"
         "print(receipt.exact, receipt.measured.relative)"
     ),
-    data=load,
-    sample=sample,
+    data=later("smoe_dropout", "load"),
+    sample=later("smoe_dropout", "sample"),
     arms=arms,
     system="smoe-dropout",
     updates=260,
-    train=train,
+    train=later("smoe_dropout", "train"),
     grid=(1e-2, 2e-2),
     tuning=0.25,
     figures={
