@@ -298,7 +298,7 @@ PAPER = Paper(
         ),
     ),
     counted=counted,
-    preset="",
+    preset="contrastive-moe-embeddings",
     notes=(
         "Domains: queries with one intent (Banking77), captions in English and German, in English and French "
         "(Multi30k), problems and solutions (GSM8K), abstracts cited together (ACL Anthology).",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...core.errors import UserError, did_you_mean
 from ..config import TrainRun
-from . import adapters, dynamic_routing, growing, language, optimal_sparsity, reading, routing, translation
+from . import adapters, dynamic_routing, growing, language, optimal_sparsity, pairs, reading, routing, translation
 
 __all__ = ["DEFAULT", "PRESETS", "preset"]
 
@@ -17,6 +17,7 @@ PRESETS: dict[str, Callable[[], TrainRun]] = {
     **adapters.PRESETS,
     **routing.PRESETS,
     **reading.PRESETS,
+    **pairs.PRESETS,
     **optimal_sparsity.PRESETS,
     **dynamic_routing.PRESETS,
     **growing.PRESETS,

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...core.errors import UserError
 from ...experts.config import Gated
+from ...losses.config import MNRPlus
 from ...models.config import Encoder, Headed
 from ...models.heads_config import EmbeddingHead
 from ...moe.config import MoELayer
 from ...nn.config import Attention, FeedForward, LayerNorm
+from ...optim.config import AdamW
 from ...routers.config import Constant, Label, Router, Uniform
+from ...tasks.config import MatchPairs, TextPairs
+from ...tasks.data.config import Banking77, CoCitation, Gsm8k, Multi30k, PairDomains
 from ..config import TrainRun
 
 __all__ = ["PRESETS", "embedder", "labelled"]
@@ -47,7 +52,7 @@ def labelled(model: Headed, num_experts: int, layers: tuple[int, ...] | None = N
     encoder = model.encoder
     ffn = encoder.ffn
     if not isinstance(ffn, FeedForward):
-        raise TypeError("labelled: takes an encoder of gated feed-forward layers")
+        raise UserError("labelled: takes an encoder whose feed-forward layers are gated and all alike")
     moe = MoELayer(
         num_experts=num_experts,
         router=Router(score=Uniform(), select=Label(), weigh=Constant(value=1.0)),
@@ -58,4 +63,19 @@ def labelled(model: Headed, num_experts: int, layers: tuple[int, ...] | None = N
     return model.replace(encoder=encoder.replace(moe=moe, layout=kinds if "dense" in kinds else None))
 
 
-PRESETS: dict[str, Callable[[], TrainRun]] = {}
+def _contrastive_moe_embeddings() -> TrainRun:
+    """Embeddings of texts with an expert per domain (Contrastive MoE embeddings); default: pairs of five domains."""
+    captions = Multi30k(), Multi30k(target_language="fr")
+    domains = PairDomains(parts=(Banking77(), *captions, Gsm8k(notes=False), CoCitation()))
+    return TrainRun(
+        model=labelled(embedder(dim=96, width=192, num_layers=3), len(domains.parts)),
+        data=TextPairs(published=domains, domain_tokens=True, swap=True),
+        objective=MatchPairs(loss=MNRPlus()),
+        optimizer=AdamW(lr=1e-3),
+        steps=1000,
+        batch_size=64,
+        seq_len=48,
+    )
+
+
+PRESETS: dict[str, Callable[[], TrainRun]] = {"contrastive-moe-embeddings": _contrastive_moe_embeddings}
