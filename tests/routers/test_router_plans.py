@@ -193,6 +193,8 @@ def test_which_routers_say_they_are_not_causal() -> None:
         "expert-choice",
         "expert-choice-segment",
         "capacity-first-choices",
+        "sentence-top-k",
+        "sentence-switch",
         "capacity-probability",
         "capacity-batch-prioritised",
         "capacity-recycle",
