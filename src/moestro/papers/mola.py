@@ -233,7 +233,7 @@ print(*attach(model, Mixture(allocation=ShapedAllocation(shape="triangle-down", 
     ),
     published=(
         Published(
-            what="2-4-6-8 (160 experts) against 8-8-8-8 (256), question answering on Llama-2-7B; ours: share of nats less",
+            what="2-4-6-8 (160 experts) against 8-8-8-8 (256), answers of Llama-2-7B; ours: share of nats less",
             figure="matches or beats",
             ours=lower("triangle-down", "uniform-64"),
         ),
