@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from moestro.adapt import LoRA
 from moestro.cli.train import read
 from moestro.convert.config import Grow
 from moestro.train.conversion import convert
@@ -46,3 +47,6 @@ def test_brief_45_stages_as_runs(tmp_path: Path) -> None:
     assert not torch.equal(second["head.weight"], best["head.weight"])
     assert bool(second["layers.2.ffn.down"].any())
     assert "embed.weight" not in second
+    last = ["growing-transformers", "--start", str(tmp_path / "stage2"), "--set", "adapters=adapt.LoRA"]
+    _, config, _ = read([*last, "--adapters.targets", "attention", "ffn"])
+    assert config.adapters == LoRA(targets=("attention", "ffn"))

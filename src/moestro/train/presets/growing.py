@@ -22,7 +22,12 @@ def _growing_transformers() -> TrainRun:
         moestro convert stage1 stage1-deeper --method grow --blocks 2
         moestro train growing-transformers --data FOLDER --start stage1-deeper --frozen embed 0:2 --out stage2
 
-    In Python, low-rank updates of all blocks included: `adapt.growth.growing`. Source: brief 45.
+    And low-rank updates of all blocks in a last run:
+
+        moestro train growing-transformers --data FOLDER --start stage2 --out last \\
+            --set adapters=adapt.LoRA --adapters.targets attention ffn
+
+    In Python, head and all: `adapt.growth.growing`. Source: brief 45.
     """
     return TrainRun(
         model=Decoder(
