@@ -194,7 +194,7 @@ def test_which_routers_say_they_are_not_causal() -> None:
         "expert-choice-segment",
         "capacity-first-choices",
         "sentence-top-k",
-        "sentence-switch",
+        "sentence-top1",
         "capacity-probability",
         "capacity-batch-prioritised",
         "capacity-recycle",

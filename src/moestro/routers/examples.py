@@ -77,8 +77,8 @@ def examples() -> dict[str, cfg.Router]:
         "attention-mix-posterior": cfg.Router(mix=cfg.AttentionMix(heads="posterior", sigma=0.5)),
         # whole sequences
         "sentence-top-k": cfg.Router(score=cfg.SegmentMean(), weigh=raw),
-        "sentence-switch": cfg.Router(
-            score=cfg.SegmentMean(inner=cfg.Linear(bias=True)), select=cfg.TopK(k=1), weigh=cfg.Constant(value=1.0)
+        "sentence-top1": cfg.Router(
+            score=cfg.SegmentMean(inner=cfg.Linear(bias=True)), select=cfg.TopK(k=1), weigh=raw
         ),
         # limits
         "capacity": cfg.Router(limit=capacity),

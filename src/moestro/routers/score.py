@@ -15,7 +15,7 @@ from ..core.pytree import changed
 from ..core.signals import Signals
 from ..ops import few, ordered
 from . import config as cfg
-from . import room as _room  # registers groups_of_segments
+from .segments import segment_mean
 from .steps import Scores, ScoreStep
 
 __all__ = ["CosineScore", "FrozenScore", "LinearScore", "MLPScore", "SegmentMeanScore", "UniformScore"]
@@ -136,8 +136,7 @@ class FrozenScore(ScoreStep):
 
 class SegmentMeanScore(ScoreStep):
     """logits of unit t = mean of the inner logits over the valid units of its segment (34, arXiv 2401.15713, first
-    version: the router averaged over a sentence's tokens). Products with the table of who belongs where, so that no
-    gradient is added up in any order. Needs segment [T] int64."""
+    version: the router averaged over a sentence's tokens). Needs segment [T] int64."""
 
     needs = ("segment",)
     causal = False
@@ -148,15 +147,9 @@ class SegmentMeanScore(ScoreStep):
 
     def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
         scores, after = self.inner(x, signals.at("inner"), carry.at("inner"))
-        logits, valid = scores.logits, signals.valid
         assert signals.segment is not None
-        of, size = torch.ops.moestro.groups_of_segments(signals.segment, valid)
-        belongs = of == torch.arange(size.shape[0], device=of.device)[:, None]  # [G, T]
-        if valid is not None:
-            logits = torch.where(valid[:, None], logits, 0.0)
-        table = belongs.to(logits.dtype)
-        mean = (table if valid is None else table * valid) @ logits / size.clamp_min(1)[:, None]
-        return changed(scores, logits=table.T @ mean), carry.back("inner", after)
+        mean = segment_mean(scores.logits, signals.segment, signals.valid)
+        return changed(scores, logits=mean), carry.back("inner", after)
 
 
 class UniformScore(ScoreStep):
@@ -168,6 +161,3 @@ class UniformScore(ScoreStep):
 
     def forward(self, x: Tensor, signals: Signals, carry: Carry) -> tuple[Scores, Carry]:
         return Scores(logits=x.new_zeros(x.shape[0], self.num_ids)), carry
-
-
-del _room
