@@ -57,7 +57,7 @@ def test_check_3_draws_repeat_and_are_uniform() -> None:
     encoder and decoder independently (9 degrees of freedom)."""
     model = thor_model(4, **SIZES).build().train()
     assert drawn(model, 7) == drawn(model, 7)
-    steps, pairs, one = 400, torch.zeros(4, 4), torch.ones(1, 1, dtype=torch.int64)
+    steps, pairs, one = 160, torch.zeros(4, 4), torch.ones(1, 1, dtype=torch.int64)
     assert all(len(set.union(*seen(table))) == 1 for table in drawn(model, 7).values())  # one per layer and batch
     for seed in range(steps):
         with torch.no_grad():
