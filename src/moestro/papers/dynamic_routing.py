@@ -148,22 +148,29 @@ print("experts per token:", float(trail[("", 0)].demand.sum()) / 64)""",
     ),
     published=(
         Published(what="experts per token at the end of training", figure=1.82, ours=ours("experts")),
-        Published(what="experts per token after 8 percent of training", figure=2.42, ours=ours("experts_start")),
+        Published(what="the same early: after 8 percent; in our first 5", figure=2.42, ours=ours("experts_start")),
         Published(what="mean accuracy above top-2's", figure=0.7, unit="points", why="needs models of billions"),
     ),
     counted=counted,
     picture=Lines(curve="experts", x="update", y="experts per token"),
     preset="dynamic-routing",
     notes=(
-        "Bytes of books, worked problems and task prompts, as many of each; 16 experts of width 64 in 3 layers, 1100 "
-        "updates of 1024 bytes. The paper trains on 100 billion tokens.",
-        "Entropy loss of 1e-3 where the paper has 1e-4, since training is much shorter: in a trial of "
-        "450 updates 1e-3 left 2.91 experts per token, none 3.00. The published coefficient is an arm beside it.",
-        "FLOPs of top-p arms are counted at 2.8 experts per token, the mean of a trial's training; experts_train says "
-        "what runs took. Training begins with 6 experts of 16, so at equal FLOPs top-2 gets more updates, not fewer.",
+        "Bytes of books, worked problems and task prompts, as many of each; 16 experts of width 64 in 3 layers, "
+        "1100 updates of 1024 bytes. The paper trains on 100 billion tokens.",
+        "Entropy loss of 1e-3 where the paper has 1e-4, since training is much shorter: in a trial of 450 updates "
+        "1e-3 left 2.91 experts per token, none 3.00. The published coefficient is an arm beside it.",
+        "FLOPs of top-p arms are counted at 2.8 experts per token, the mean of a trial's training; experts_train "
+        "says what runs took. Training begins with 6 experts of 16, so at equal FLOPs top-2 gets more updates, not "
+        "fewer.",
         "Losses are summed over layers; F is the share of tokens that chose an expert: L_b is the mean number of "
         "experts where all is uniform. The paper does not say either.",
         "1.76 experts per token are 0.88 of top-2's in the experts alone; with attention and embeddings 0.91.",
         "Difficulty of a token is the model's own loss.",
+        "Where claims do not hold. Learning rates are chosen after a fifth of training: top-p arms took 8e-3, top-2"
+        " 4e-3. Tried afterwards: dynamic at 4e-3, first seed, has 2.455 bits per byte where top-2 has 2.503, and "
+        "2.465 at equal FLOPs, but then takes 2.87 experts to the end. So either the loss or the number of experts "
+        "is as predicted.",
+        "The entropy loss costs: without it the loss is 0.9 percent above top-2's, with 1e-4 1.1, with 1e-3 2.3.",
+        "Domains differ in the predicted direction in every seed, but by 1.7 percent and not by 3; tokens by 18.",
     ),
 )
