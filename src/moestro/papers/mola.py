@@ -50,7 +50,7 @@ def sample(folder: Path) -> None:
 
 
 def base(smoke: bool) -> Decoder:
-    dim, layers = (16, 4) if smoke else (64, 8)
+    dim, layers = (16, 2) if smoke else (64, 8)
     attention, ffn = Attention(num_heads=dim // 16), FeedForward(width=dim * 11 // 4)
     return Decoder(
         vocab_size=1024, dim=dim, num_layers=layers, attention=attention, ffn=ffn, context=2 * S, init_std=None
