@@ -257,7 +257,7 @@ PAPER = Paper(
         "mutual information of domain and expert": "moestro.losses.config:MutualInformation",
         "loss that names the expert": "moestro.losses.config:SpecifiedExpert",
         "objective of pairs": "moestro.tasks.objectives:MatchPairs",
-        "domain tokens, pairs turned round": "moestro.tasks.data.collate:PairedTexts",
+        "domain tokens, pairs turned round": "moestro.tasks.config:TextPairs",
         "F1max": "moestro.tasks.metrics:best_f1",
         "the authors' checkpoints": "moestro.convert.loading:load",
     },
