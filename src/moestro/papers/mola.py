@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..adapt.config import Adapter, LayerAllocation, LoRA, Mixture, allocation
 from ..models.config import Decoder
 from ..nn.config import Attention, FeedForward
-from ..optim.config import AdamW
-from ..tasks.config import NextToken
-from ..tasks.data.config import Banking77, BpeVocabulary, Gutenberg
 from .catalogue import CATALOGUE
-from .paper import Arm, Bars, Claim, Computed, Counted, Difference, Figures, Job, Outcome, Paper, Published
+from .later import later
+from .paper import Arm, Bars, Claim, Computed, Counted, Difference, Figures, Paper, Published
 
 RANK, S, BATCH = 4, 32, 16
 SHAPES = ("triangle-down", "triangle-up", "hourglass", "rectangle", "middle")  # as many experts and FLOPs each
 BASE_UPDATES = 250
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """books: plain text for the base model. queries: what it is then tuned on."""
-
-    books: Any
-    queries: Any
-    vocabulary: Any
-
-
-def data(folder: Path) -> Texts:
-    books = Gutenberg(folder=str(folder / Gutenberg.slug)).build()
-    queries = Banking77(folder=str(folder / Banking77.slug)).build().limited(valid=300, test=1000)
-    queries = dataclasses.replace(queries, labels=tuple(name.replace("_", " ") for name in queries.labels))
-    texts = [p.text[:200_000] for p in books.train] + [f"{q.text} {queries.labels[q.label]}" for q in queries.train]
-    return Texts(books, queries, BpeVocabulary(size=1024, cache=tempfile.gettempdir()).build(texts))
-
-
-def sample(folder: Path) -> None:
-    for data in (Gutenberg, Banking77):
-        (folder / data.slug).mkdir()
-    (folder / Gutenberg.slug / "fiction_fox.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
-    row = '{"split": "%s", "text": "Where is my %s, number %d?", "label": "%s_arrival"}\n'
-    rows = [row % (s, t, i, t) for s in ("train", "test") for t in ("card", "cash") for i in range(12)]
-    (folder / Banking77.slug / "banking77.jsonl").write_text("".join(rows))
 
 
 def base(smoke: bool) -> Decoder:
@@ -81,64 +49,6 @@ def arms(smoke: bool) -> list[Arm]:
         arm("lora-20", "one adapter of as many parameters, but for routers", rank=5 * RANK),
         arm("lora-8", "one adapter of the rank that a token meets", rank=2 * RANK),
     ]
-
-
-def prepare(job: Job) -> None:
-    """The base model, trained on plain text."""
-    from ..tasks.data.streams import DomainBatches
-    from ..train.files import write_tensors
-    from ..train.weights import tensors_of
-    from .fit import fit
-
-    model = base(job.smoke).replace(seed=job.seed).build()
-    batches = DomainBatches(job.data.books, job.data.vocabulary, 2 * S, seed=job.seed)
-    updates = job.updates if job.smoke else BASE_UPDATES
-    alone = dataclasses.replace(job, updates=updates, lr=4e-3, tick=lambda made: None)
-    fit(model, NextToken().build(), lambda step: batches.train(step, BATCH), alone)
-    write_tensors(job.shared / "base.safetensors", tensors_of(model))
-
-
-def train(job: Job) -> Outcome:
-    import torch
-
-    from ..adapt.attach import attach
-    from ..adapt.mixture.balance import diversity, watch
-    from ..tasks.answers import answer_loss
-    from ..tasks.data.batches import ExampleBatches
-    from ..tasks.data.collate import AnswerTexts
-    from ..trace.metrics import load_entropy
-    from ..train.files import read_tensors
-    from ..train.weights import load_weights
-    from .fit import fit
-
-    file, queries = job.shared / "base.safetensors", job.data.queries
-    collate = AnswerTexts(job.data.vocabulary, S, queries.labels)
-    part = {name: ExampleBatches(getattr(queries, name), collate, job.seed) for name in ("train", "valid", "test")}
-    model = base(job.smoke).build()
-    load_weights(model, read_tensors(file), file)
-    with torch.no_grad():
-        given = part["train"].train(0, BATCH).tokens
-        before = model(given)[0]
-        attach(model, adapter(job.arm.options, job.seed))
-        moved = float((model(given)[0] - before).abs().max())
-    batch = lambda step: part["train"].train(step, BATCH)  # noqa: E731
-    fit(model, NextToken().build(), batch, job, optimizer=AdamW(weight_decay=0.0))
-    with watch(model) if "experts" in job.arm.options else contextlib.nullcontext() as routing:
-        valid = answer_loss(model, part["valid"])
-    test = answer_loss(model, part["test"])
-    figures = {"nats": nats(test), "accuracy": test.exact, "start": moved}
-    curves = {}
-    if routing is not None:
-        apart = [found.distance for found in diversity(model).values()]
-        loads = [float(load_entropy(n.numpy())) for n in routing.loads().values()]
-        half = len(apart) // 2
-        figures |= {"diversity": sum(apart[half:]) / sum(apart[:half]), "load": sum(loads) / len(loads)}
-        curves = {"diversity": list(enumerate(apart, 1)), "load": list(enumerate(loads, 1))}
-    return Outcome(validation=nats(valid), test=figures, curves=curves)
-
-
-def nats(found: Any) -> float:
-    return float(found.nats.sum() / found.tokens.sum())
 
 
 def counted() -> Sequence[Counted]:
@@ -190,13 +100,13 @@ from moestro.models.config import Decoder
 model = Decoder(dim=32, num_layers=8).build()  # your trained model
 print(*attach(model, Mixture(allocation=ShapedAllocation(shape="triangle-down", total=40))).lines, sep="\\n")
 """,
-    data=data,
-    sample=sample,
+    data=later("mola", "data"),
+    sample=later("mola", "sample"),
     arms=arms,
     system="triangle-down",
     updates=200,
-    train=train,
-    prepare=prepare,
+    train=later("mola", "train"),
+    prepare=later("mola", "prepare"),
     grid=(3e-3, 1e-2),
     tuning=0.25,
     figures={
