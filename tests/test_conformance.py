@@ -11,7 +11,7 @@ import torch
 from moestro.core.errors import UserError
 from moestro.experts.config import Gated
 from moestro.losses import examples as losses
-from moestro.models.examples import encoder_decoders, encoders, headed
+from moestro.models.examples import encoder_decoders, encoders, with_heads
 from moestro.models.examples import examples as models
 from moestro.moe.config import MoELayer
 from moestro.routers.config import All, ExpertChoiceSelect
@@ -45,9 +45,9 @@ def test_encoder_decoder(name):
     check_model(encoder_decoders()[name])
 
 
-@pytest.mark.parametrize("name", headed())
+@pytest.mark.parametrize("name", with_heads())
 def test_headed(name):
-    check_headed(headed()[name])
+    check_headed(with_heads()[name])
 
 
 @pytest.mark.parametrize("name", routers())

@@ -18,6 +18,7 @@ from moestro.core.params import describe
 from moestro.core.rows import Rows
 from moestro.experts import MLP, ClampedGated, Convolution, Experts, FeedForward, Gated, Modules, examples
 from moestro.experts.clamped import ClampedGatedBank
+from moestro.experts.extended import ExtendedBank
 from moestro.experts.mlp import MLPBank
 from moestro.experts.modules import ModuleBank
 from moestro.ops.rows import rows as derive
@@ -59,6 +60,12 @@ def mlp_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Tens
     return h @ part["down"].T + part.get("down_bias", 0)
 
 
+def extended_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Tensor:
+    part = {n: t.unbind(0)[e] for n, t in p.items()}
+    h = ACTIVATIONS[bank.config.activation](x @ part["up"].T + part.get("up_bias", 0))
+    return (h * (x @ part["new"].T + part["new_bias"])) @ part["down"].T + part.get("down_bias", 0)
+
+
 def module_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> Tensor:
     part = {n.removeprefix(f"{e}."): t for n, t in p.items() if n.startswith(f"{e}.")}
     return torch.func.functional_call(copy.deepcopy(bank.members()[e]).double(), part, (x,))
@@ -67,6 +74,7 @@ def module_oracle(bank: nn.Module, p: dict[str, Tensor], x: Tensor, e: int) -> T
 def oracle(bank: nn.Module, p: dict[str, Tensor], rows: Tensor, index: Rows) -> Tensor:
     """Row by row, in float64."""
     kinds = {ModuleBank: module_oracle, MLPBank: mlp_oracle, ClampedGatedBank: clamped_oracle}
+    kinds[ExtendedBank] = extended_oracle
     kind = kinds.get(type(bank), gated_oracle)
     made = [kind(bank, p, rows[r : r + 1], int(e)) for r, e in enumerate(index.expert)]
     return torch.cat(made)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moestro.core.errors import UserError
 from moestro.core.signals import Signals
-from moestro.models import ClassHead, EmbeddingHead, Headed, encoders, headed
+from moestro.models import ClassHead, EmbeddingHead, Headed, encoders, with_heads
 from moestro.models.heads import pooled
 from moestro.models.twin import dense_twin
 from moestro.moe.config import MoELayer
@@ -47,7 +47,7 @@ def test_the_pooler_of_brief_34() -> None:
 
 def test_the_expert_layer_on_top_of_brief_13() -> None:
     """Variant A: the head reads the experts' output alone; a token whose choices are all lost is the zero vector."""
-    config = headed()["spans"]
+    config = with_heads()["spans"]
     model = config.build().eval()
     x, features = torch.randint(0, 37, (2, 6)), torch.ones(2, 6, 1)
     said, _, trail = model(x, Signals(seed=1), None, features)
@@ -66,7 +66,7 @@ def test_heads_cost_once_per_text() -> None:
 
 @pytest.mark.parametrize("name", ["spans", "spans_dense"])
 def test_the_dense_twin(name: str) -> None:
-    config: Any = headed()[name]
+    config: Any = with_heads()[name]
     twin = dense_twin(config, 8)
     assert not isinstance(twin.top, MoELayer)
     assert twin.flops_per_token(8) == pytest.approx(config.flops_per_token(8), rel=0.05)
@@ -84,7 +84,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
 def test_the_suite_rejects_pools_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, lambda h, valid, how: h.mean(1))
     with pytest.raises(AssertionError, match="padding on the left"):
-        check_headed(headed()["classes"])
+        check_headed(with_heads()["classes"])
 
 
 def test_the_suite_rejects_a_pool_that_cuts_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +93,7 @@ def test_the_suite_rejects_a_pool_that_cuts_the_graph(monkeypatch: pytest.Monkey
 
     broken(monkeypatch, cut)
     with pytest.raises(AssertionError, match="gradient: encoder"):
-        check_headed(headed()["embeddings"])
+        check_headed(with_heads()["embeddings"])
 
 
 @pytest.mark.parametrize("fields", [{"num_classes": 0}, {"pooling": "first", "num_classes": -1}])

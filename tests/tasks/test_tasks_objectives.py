@@ -17,7 +17,7 @@ from moestro.core.trail import Key
 from moestro.experts import MLP
 from moestro.losses import MNR
 from moestro.losses.consistency import symmetric_kl
-from moestro.models import encoder_decoders, examples, headed
+from moestro.models import encoder_decoders, examples, with_heads
 from moestro.moe.config import MoELayer
 from moestro.routers.config import Constant, Random, Router, Uniform
 from moestro.tasks import Classify, FindSpan, MatchPairs, NextToken, Objective, Translate, TwoPass, objectives
@@ -108,11 +108,11 @@ def fitting(config: Objective) -> tuple[Any, Any]:
     if isinstance(inner, Translate):
         return encoder_decoders()["rotary"].build(), batches()["translation"]
     if isinstance(inner, Classify):
-        return headed()["classes"].build(), batches()["labels"]
+        return with_heads()["classes"].build(), batches()["labels"]
     if isinstance(inner, FindSpan):
-        return headed()["spans"].build(), batches()["spans"]
+        return with_heads()["spans"].build(), batches()["spans"]
     if isinstance(inner, MatchPairs):
-        return headed()["embeddings"].build(), batches()["pairs"]
+        return with_heads()["embeddings"].build(), batches()["pairs"]
     return examples()["moe"].build(), batches()["text"]
 
 
@@ -275,7 +275,7 @@ def _drawn(model: Any, batch: Any, seed: int) -> tuple[int, int]:
 
 
 def test_r_drop_of_a_classifier_tells_passes_apart_by_dropout() -> None:
-    config = headed()["classes"]
+    config = with_heads()["classes"]
     model = config.replace(encoder=config.encoder.replace(dropout=0.2)).build().train()
     outcome = TwoPass(inner=Classify(), alpha=1.0).build()(model, batches()["labels"], Signals(seed=1))
     assert float(outcome.metrics["consistency"]) > 0
@@ -304,4 +304,4 @@ def test_impossible() -> None:
     with pytest.raises(UserError, match="no negatives"):
         MatchPairs(group=1)
     with pytest.raises(UserError, match="FindSpan: batches have 1 feature"):
-        FindSpan().build()(headed()["spans_dense"].build(), batches()["spans"], Signals())
+        FindSpan().build()(with_heads()["spans_dense"].build(), batches()["spans"], Signals())

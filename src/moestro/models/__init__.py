@@ -15,7 +15,7 @@ from .config import (
     Stack,
 )
 from .ensembles import Ensemble
-from .examples import encoder_decoders, encoders, examples, headed
+from .examples import encoder_decoders, encoders, examples, with_heads
 from .heads_config import ClassHead, EmbeddingHead, Head, SpanHead
 from .published import published
 
@@ -38,6 +38,6 @@ __all__ = [
     "encoder_decoders",
     "encoders",
     "examples",
-    "headed",
+    "with_heads",
     "published",
 ]

@@ -38,7 +38,7 @@ from ..routers.config import (
 from .config import Block, Decoder, Encoder, EncoderDecoder, Headed, ParallelBlock
 from .heads_config import ClassHead, EmbeddingHead, SpanHead
 
-__all__ = ["encoder_decoders", "encoders", "examples", "headed"]
+__all__ = ["encoder_decoders", "encoders", "examples", "with_heads"]
 
 _ATTENTION = Attention(num_heads=4, num_kv_heads=2, head_dim=6)
 _LATENT = LatentAttention(num_heads=3, kv_rank=12, nope_dim=6, rope_dim=4, value_dim=5)
@@ -197,7 +197,7 @@ def encoder_decoders() -> dict[str, EncoderDecoder]:
     }
 
 
-def headed() -> dict[str, Headed]:
+def with_heads() -> dict[str, Headed]:
     """Name -> config of encoders with a head, each built in milliseconds."""
     moe, plain = encoders()["moe"], encoders()["dense"]
     named = (

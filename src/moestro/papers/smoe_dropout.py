@@ -83,9 +83,7 @@ def counted() -> tuple[Counted, ...]:
     routed, dense = (decoder(f, False) for f in (experts(16, True), PlainFeedForward(width=256, bias=True)))
     more = LAYERS * ((EXPERTS - 1) * DIM + EXPERTS * (DIM + 1))
     return (
-        Counted(
-            what="mean share of experts at work, K from 8 to 16", ours=RAMP.mean(4000) / EXPERTS, published=0.75
-        ),
+        Counted(what="mean share of experts at work, K from 8 to 16", ours=RAMP.mean(4000) / EXPERTS, published=0.75),
         Counted(what="parameters beyond the dense model", ours=routed.num_params() - dense.num_params()),
         Counted(what="of which output biases and routers", ours=more),
     )

@@ -13,6 +13,7 @@ from ..core.carry import Carry, Replay
 from ..core.plan import AnyPlan, Dense, Plan
 from ..core.signals import Signals
 from ..experts.clamped import ClampedGatedBank
+from ..experts.extended import ExtendedBank
 from ..experts.gated import GatedBank
 from ..experts.mlp import MLPBank
 from ..experts.modules import ModuleBank
@@ -89,6 +90,12 @@ def _expert(layer: MoELayer, e: int, x: Tensor) -> Tensor:
             down = bank.down.split(list(bank.widths))[e].t()
         gate, up = (first @ x).chunk(2)
         return down @ (act(gate) * up)
+    if isinstance(bank, ExtendedBank):
+        hidden, new = bank.up.unbind(0)[e] @ x, bank.new.unbind(0)[e] @ x + bank.new_bias.unbind(0)[e]
+        if bank.up_bias is None or bank.down_bias is None:
+            return bank.down.unbind(0)[e] @ (act(hidden) * new)
+        hidden = hidden + bank.up_bias.unbind(0)[e]
+        return bank.down.unbind(0)[e] @ (act(hidden) * new) + bank.down_bias.unbind(0)[e]
     if isinstance(bank, MLPBank):
         hidden = bank.up.unbind(0)[e] @ x
         if bank.up_bias is None or bank.down_bias is None:
