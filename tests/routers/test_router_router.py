@@ -20,6 +20,7 @@ from moestro.routers import AnyRouter, FixedNoise, Label, Linear, LossFree, Mix,
 from moestro.routers.score import LinearScore
 from moestro.routers.steps import MixStep, Scores
 from moestro.routers.subset import ABSENT_LOGIT
+from moestro.testing.attend import Map
 from routers.router_cases import DIM, EXAMPLES, E, build, exact, log, signals, units
 
 # Steps of later systems: they must fit the signatures as they are -------------------------------------------------
@@ -231,7 +232,7 @@ def test_meta_tensors_pass_through() -> None:
             if "segment" not in build_needs(name):
                 router = example.build(dim=DIM, num_experts=E)
                 needed = {n: torch.empty(6, dtype=torch.int64) for n in router.needs if n != "attend"}
-                given = Signals(**needed, attend=lambda v: torch.empty(6, 6) @ v)
+                given = Signals(**needed, attend=Map(torch.empty(6, 6)))
                 assert router(torch.empty(6, DIM), given)[0].weight.is_meta, name
 
 

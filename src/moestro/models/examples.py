@@ -144,7 +144,7 @@ def encoders() -> dict[str, Encoder]:
             blocks=(
                 Block(mixer=both, ffn=_DENSE, norm=LayerNorm(bias=False), mixer_norm=NoNorm()),
                 Block(mixer=both.replace(window=3), ffn=_MOE, norm=LayerNorm(bias=False)),
-                Block(mixer=both.replace(window=3, dropout=0.1), ffn=_DENSE, norm=LayerNorm(bias=False)),
+                Block(mixer=both.replace(window=3), ffn=_DENSE, norm=LayerNorm(bias=False)),
             ),
             norm=LayerNorm(bias=False),
             embedding_norm=LayerNorm(bias=False),

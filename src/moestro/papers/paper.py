@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -322,17 +321,18 @@ def find_part(name: str) -> Any:
 
 
 def describe_part(name: str) -> str:
-    """The first line of a part's docstring, read from its source: nothing that it needs is loaded."""
+    """The first line of a part's docstring (a value's: of its module's), read from source: nothing is loaded."""
     module, _, attribute = name.partition(":")
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise UserError(f"no part {name!r}; parts are named package.module:Name")
-    for node in ast.parse(Path(found.origin).read_text(encoding="utf-8")).body:
+    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+    told: ast.AST = tree
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
-            return (ast.get_docstring(node) or "").split("\n")[0]
+            told = node
         if isinstance(node, ast.ImportFrom) and any((n.asname or n.name) == attribute for n in node.names):
             package = module if found.submodule_search_locations else module.rpartition(".")[0]
-            return describe_part(
-                f"{importlib.util.resolve_name('.' * node.level + (node.module or ''), package)}:{attribute}"
-            )
-    return (inspect.getdoc(find_part(name)) or "").split("\n")[0]
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            return describe_part(f"{origin}:{attribute}")
+    return (ast.get_docstring(told) or "").split("\n")[0]
