@@ -139,7 +139,7 @@ def _read_config(data: Any, base: type[Config], where: str) -> Config:
         values[name] = _read(value, hints[name], f"{where}.{name}")
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, UserError) as error:  # what is missing, or a value that cannot be
         raise UserError(f"{where}: {error}") from None
 
 
