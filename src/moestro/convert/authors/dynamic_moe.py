@@ -1,7 +1,7 @@
 """Dynamic routing by top-p (Huang et al. 2024, arXiv 2403.07652): AnLan577/Dynamic_MoE.
 
 Its config.json says `model_type` "llama"; the fields `top_p_threshold` and `expert_frequency` tell it from Llama's
-(`families.BORROWED`). Layers whose number is a multiple of `expert_frequency` are routed. `num_key_value_heads` and
+(`convert.borrowed`). Layers whose number is a multiple of `expert_frequency` are routed. `num_key_value_heads` and
 `experts_topk` are there without being used. The buffers `rotary_emb.inv_freq` follow from the config and are neither
 read nor written: the authors' class makes them anew. Their bfloat16 choices: `TopP(as_released=True)`.
 """

@@ -1,7 +1,7 @@
 """Contrastive MoE embeddings, second generation (34, arXiv 2401.15713): ModernBERT with an expert per domain.
 
 Gleghorn-Lab/Mixture-of-Experts-Sentence-Similarity. Its config.json says `model_type` "modernbert"; the fields
-`num_experts` and `loss_type` tell it from ModernBERT's (`families.BORROWED`). The domain of a text is the signal
+`num_experts` and `loss_type` tell it from ModernBERT's (`convert.borrowed`). The domain of a text is the signal
 `label` of its tokens, 0 to E - 1 in the order of the domain tokens: [COPD] [CVD] [CANCER] [PARASITIC] [AUTOIMMUNE],
 which stand in place of [CLS]. With one expert or none the feed-forward layers are dense.
 """

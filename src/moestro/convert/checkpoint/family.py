@@ -9,7 +9,7 @@ from typing import Any
 from ...core.config import Config
 from ...core.errors import UserError
 from ...models.config import Stack
-from ..families import recognised
+from ..borrowed import name_of
 from ..families.shared.rope import LEGACY
 from .fields import Fields
 from .rules import Table
@@ -22,7 +22,7 @@ __all__ = ["Family", "canonical", "config_fields", "difference", "read_fields"]
 class Family:
     """One published layout, in `convert/families/<model_type>.py` as `FAMILY`.
 
-    says: what config.json gives as `model_type`, where that is the name of another family (`families.BORROWED`).
+    says: what config.json gives as `model_type`, where that is the name of another family (`convert.borrowed`).
 
     read: config.json -> our config; refuses fields that we cannot express. write: our config -> the fields that
     describe it, without those that every family shares; it may lose what the family cannot express, which is found by
@@ -172,4 +172,4 @@ def _is_of(source: Mapping[str, Any], family: Family) -> bool:
     """Whether a config.json is of the family, not of one that has the same `model_type`."""
     if source.get("model_type") != (family.says or family.model_type):
         return False
-    return recognised(source).model_type == family.model_type
+    return name_of(source) == family.model_type

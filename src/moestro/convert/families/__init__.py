@@ -13,20 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError, did_you_mean
 from .. import authors
+from ..borrowed import name_of
 
 if TYPE_CHECKING:
     from ..checkpoint.family import Family
 
-__all__ = ["BORROWED", "FAMILIES", "find", "recognised"]
+__all__ = ["FAMILIES", "find", "recognised"]
 
 FAMILIES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 """The model types that transformers has too: one for every file of this folder."""
-
-BORROWED: dict[str, dict[str, tuple[str, ...]]] = {
-    "llama": {"dynamic_moe": ("top_p_threshold", "expert_frequency")},
-    "modernbert": {"modernbert_moe": ("num_experts", "loss_type")},
-}
-"""`model_type` -> families that use it without being meant by it -> fields any of which gives them away."""
 
 
 def find(model_type: object, where: object = "convert") -> Family:
@@ -41,6 +36,4 @@ def find(model_type: object, where: object = "convert") -> Family:
 
 def recognised(data: Mapping[str, Any], where: object = "convert") -> Family:
     """The family of a config.json, by its `model_type` and by fields that give borrowers away; `UserError` for none."""
-    name = data.get("model_type")
-    others = BORROWED.get(name, {}) if isinstance(name, str) else {}
-    return find(next((n for n, own in others.items() if any(f in data for f in own)), name), where)
+    return find(name_of(data), where)
