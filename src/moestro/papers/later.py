@@ -10,9 +10,9 @@ __all__ = ["later"]
 
 
 def later(system: str, name: str) -> Callable[..., Any]:
-    """The function `name` of `papers/work/<system>.py`, whose module is loaded at the first call."""
+    """The function `name` of `papers/training/<system>.py`, whose module is loaded at the first call."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"{__package__}.work.{system}"), name)(*args)
+        return getattr(importlib.import_module(f"{__package__}.training.{system}"), name)(*args)
 
     return call

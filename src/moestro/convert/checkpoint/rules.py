@@ -187,8 +187,8 @@ class ByExpert(Copy):
 
 
 @dataclasses.dataclass(frozen=True)
-class Fuse(Rule):
-    """Ours is the concatenation of several of theirs, of equal size unless `sizes` gives their proportions."""
+class _Concatenated(Rule):
+    """Several of theirs, one after the other along `axis`, of equal size unless `sizes` gives their proportions."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -199,6 +199,11 @@ class Fuse(Rule):
     @property
     def patterns(self) -> tuple[str, ...]:
         return (self.ours,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fuse(_Concatenated):
+    """Ours is the concatenation of several of theirs, of equal size unless `sizes` gives their proportions."""
 
     def links(self, names: Names, shapes: Shapes) -> Iterator[Link]:
         name = fill(self.ours, names)
@@ -247,18 +252,8 @@ class Stack(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class StackFuse(Rule):
+class StackFuse(_Concatenated):
     """Ours [E, ...] stacks, per expert, the concatenation of several of theirs along `axis` of the expert's tensor."""
-
-    ours: str
-    theirs: tuple[str, ...]
-    axis: int = 0
-    steps: tuple[Step, ...] = ()
-    sizes: tuple[int, ...] | None = None
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return (self.ours,)
 
     def links(self, names: Names, shapes: Shapes) -> Iterator[Link]:
         name = fill(self.ours, names)
